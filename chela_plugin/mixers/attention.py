@@ -1,0 +1,122 @@
+"""Softmax attention through torch's scaled_dot_product_attention: the mixer that the others are measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chela_plugin.layers.mixer import Cache, Mixer
+from chela_plugin.mixers.heads import divide
+from chela_plugin.mixers.rope import rotate
+
+
+class Attention(Mixer):
+    """Multi-head softmax attention (arXiv:1706.03762, section 3.2), optionally with rotary positions.
+
+    `O = softmax(Q K^T / sqrt(d)) V` per head; four projections without bias, exactly 4 C^2 parameters.
+    Positions count the tokens of a row, not its padding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool,
+        num_heads: int,
+        rope: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, causal=causal)
+        self.num_heads, self.head_dim, self.rope = num_heads, dim // num_heads, rope
+        if rope and self.head_dim % 2:
+            raise ValueError(
+                f"attention: rope turns pairs of channels, head_dim={self.head_dim} is odd; use rope=False"
+            )
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """All weights are the projections' own."""
+
+    def path(self, device: torch.device | str) -> str:
+        return "sdpa"
+
+    def init_cache(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        device, dtype = device or self.proj.weight.device, dtype or self.proj.weight.dtype
+        empty = torch.zeros(batch_size, 0, self.num_heads, self.head_dim, device=device, dtype=dtype)
+        return {
+            "key": empty,
+            "value": empty.clone(),
+            "length": torch.zeros(batch_size, dtype=torch.long, device=device),
+        }
+
+    def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
+        batch, time, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, time, 3, self.num_heads, self.head_dim).unbind(2)
+        if self.rope:
+            position = self._positions(x, mask, cache)
+            q, k = rotate(q, position), rotate(k, position)
+        if cache is not None:
+            k, v, mask = self._remember(k, v, mask, cache)
+        visible = self._visible(time, k.shape[1], mask, x.device)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        plain_causal = self.causal and visible is None and time > 1
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=plain_causal)
+        return self.proj(o.transpose(1, 2).reshape(batch, time, dim))
+
+    def _positions(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        position = torch.arange(x.shape[1], device=x.device) if mask is None else mask.long().cumsum(1) - 1
+        return position if cache is None else position + cache["length"][:, None]
+
+    def _remember(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        # "mask" joins the cache only once padding was seen: SDPA's fast kernels take no mask.
+        if mask is not None or "mask" in cache:
+            past = cache.get("mask", k.new_ones(cache["key"].shape[:2], dtype=torch.bool))
+            mask = k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask
+            cache["mask"] = torch.cat((past, mask), dim=1)
+        cache["length"] = cache["length"] + (k.shape[1] if mask is None else mask.sum(1))
+        cache["key"] = torch.cat((cache["key"].to(k.dtype), k), dim=1)
+        cache["value"] = torch.cat((cache["value"].to(v.dtype), v), dim=1)
+        return cache["key"], cache["value"], cache.get("mask")
+
+    def _visible(self, time: int, total: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """`[B or 1, 1, time, total]`, True where a query may look; None where SDPA's own causal flag says it all."""
+        if mask is None and (not self.causal or time == total or time == 1):
+            return None
+        query = torch.arange(total - time, total, device=device)[:, None]
+        key = torch.arange(total, device=device)
+        visible = key <= query if self.causal else torch.ones(time, total, dtype=torch.bool, device=device)
+        if mask is None:
+            return visible
+        # A padded query sees itself: a softmax over nothing would be NaN.
+        return visible & mask[:, None, None, :] | (key == query)
+
+
+def attention(
+    dim: int,
+    *,
+    causal: bool,
+    depth: int | None = None,
+    layer_idx: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    rope: bool | None = None,
+) -> Attention:
+    """Softmax attention (SDPA), 4 C^2 parameters.
+
+    Args:
+        num_heads, head_dim: give one; by default heads are 64 wide (32 in models narrower than 128).
+        rope: rotary positions; by default in causal models only, since vision hosts add position embeddings.
+    """
+    widths = (64, 32, 16, 8) if dim >= 128 else (32, 16, 8)
+    heads = divide("attention", dim, num_heads, head_dim, widths)
+    rope = causal if rope is None else rope
+    return Attention(dim, causal=causal, num_heads=heads, rope=rope, device=device, dtype=dtype)

@@ -1,0 +1,44 @@
+"""How a width is divided into heads, and what is said when it can't be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def divide(mixer: str, width: int, num_heads: int | None, head_dim: int | None, widths: Sequence[int]) -> int:
+    """Number of heads for `width` channels.
+
+    Args:
+        mixer: name for the error message.
+        width: channels to divide.
+        num_heads, head_dim: what the user asked for; None where it is left to us.
+        widths: head widths to try in turn when the user gave neither.
+
+    Raises ValueError when the heads don't divide the width evenly.
+    """
+    if num_heads is not None and num_heads < 1:
+        raise ValueError(f"{mixer}: num_heads must be at least 1, got {num_heads}")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"{mixer}: head_dim must be at least 1, got {head_dim}")
+    if num_heads is not None and head_dim is not None and num_heads * head_dim != width:
+        raise ValueError(f"{mixer}: num_heads={num_heads} x head_dim={head_dim} must make {width} channels")
+    if num_heads is not None:
+        if width % num_heads:
+            raise ValueError(
+                f"{mixer}: {width} channels are not divisible by num_heads={num_heads}; choose one of {divisors(width)}"
+            )
+        return num_heads
+    for each in [head_dim] if head_dim is not None else widths:
+        if width % each == 0:
+            return width // each
+    asked = f"head_dim={head_dim}" if head_dim is not None else f"a head_dim of {' or '.join(map(str, widths))}"
+    raise ValueError(f"{mixer}: {width} channels are not divisible by {asked}; choose one of {divisors(width)}")
+
+
+def heads_at_least(width: int, narrowest: int, most: int) -> int:
+    """The largest number of heads, at most `most`, that divides `width` into heads at least `narrowest` wide (else 1)."""
+    return max([n for n in range(1, most + 1) if width % n == 0 and width // n >= narrowest], default=1)
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
