@@ -1,0 +1,208 @@
+"""Linear attention, causal with or without decay and bidirectional: `linear_attention` and `linear_attention_step`.
+
+The formula stands in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["backend", "linear_attention", "linear_attention_step"]
+
+MAX_WIDTH = 256
+
+
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """'triton' or 'reference': what runs on `device`.
+
+    Triton on CUDA, and under `TRITON_INTERPRET=1` on a CPU too; plain PyTorch elsewhere and for fp64.
+    `CHELA_BACKEND=reference|triton` overrides. Raises ValueError if CHELA_BACKEND is neither, RuntimeError if it asks
+    for Triton where Triton can't run.
+    """
+    asked = os.environ.get("CHELA_BACKEND", "")
+    if asked not in ("", "reference", "triton"):
+        raise ValueError(f"CHELA_BACKEND must be 'reference' or 'triton', got {asked!r}")
+    return "reference"
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention over a sequence, in time linear in T. Differentiable in every floating-point argument.
+
+        causal:         o_t = scale * ( exp(g_t) q_t S_0 + sum_{s <= t} exp(g_t - g_s) (q_t . k_s) v_s )
+        bidirectional:  o_t = scale * q_t ( S_0 + sum_s k_s^T v_s )
+
+    Args:
+        q, k: `[B, T, H, K]`, K up to 256; fp16, bf16, fp32 or (plain PyTorch only) fp64, all of one dtype.
+        v: `[B, T, H, V]`, V up to 256.
+        log_decay: natural logarithm of the decay per step, at most 0, in q's dtype or fp32: `[H]`, or `[B, T, H]`, the
+            factor by which the state shrinks before token t is added. `g` is its running sum. Needs `causal`.
+            The sign is checked on a CPU; on CUDA reading it would stall the stream, so it is checked there only under
+            `CHELA_CHECK=1`, and otherwise a decay above 0 yields NaN.
+        causal: token t sees tokens up to t; else every token sees every token.
+        scale: factor on the output; default K ** -0.5.
+        initial_state: S_0 `[B, H, K, V]` (`[N, H, K, V]` with cu_seqlens), fp32 (fp64 for fp64 inputs).
+        output_final_state: also return the state after the last token.
+        cu_seqlens: `[N + 1]` integers from 0 to T: B is 1 and N sequences lie behind one another, as in FlashAttention.
+        mask: `[B, T]` bool, True where there is a token. The others add nothing to the state and do not decay it.
+
+    Returns:
+        `(o, state)`: o `[B, T, H, V]` in q's dtype; state `[B, H, K, V]` fp32 (fp64), or None unless asked for.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit, before anything runs.
+    """
+    check_inputs(q, k, v, log_decay, causal, scale, initial_state, cu_seqlens, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if mask is not None:
+        k = k.masked_fill(~mask[..., None, None], 0.0)
+        if log_decay is not None:
+            log_decay = log_decay.expand(*q.shape[:3]).masked_fill(~mask[..., None], 0.0)
+    if cu_seqlens is not None:
+        o, state = reference.packed(q, k, v, log_decay, scale, initial_state, cu_seqlens.tolist(), causal)
+    elif causal:
+        o, state = reference.chunked(q, k, v, log_decay, scale, initial_state)
+    else:
+        o, state = reference.bidirectional(q, k, v, scale, initial_state)
+    return o, state if output_final_state else None
+
+
+def linear_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of causal linear attention: `state = exp(log_decay) * state + k^T v`, `o = scale * q state`.
+
+    Args:
+        q, k: `[B, H, K]`; v: `[B, H, V]`; one dtype, widths up to 256.
+        state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs); it is not modified.
+        log_decay: `[H]` or `[B, H]`, at most 0.
+        scale: factor on the output; default K ** -0.5.
+
+    Returns:
+        `(o, state)`: o `[B, H, V]` in q's dtype, and the new state.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit.
+    """
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            f"linear_attention_step takes one token: q, k [B, H, K] and v [B, H, V], "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if state is None or state.dim() != 4:
+        raise ValueError("linear_attention_step needs a state of shape [B, H, K, V]; zeros to start with")
+    if log_decay is not None and log_decay.dim() == 2:
+        check_inputs(q[:, None], k[:, None], v[:, None], log_decay[:, None], True, scale, state, None, None)
+    else:
+        check_inputs(q[:, None], k[:, None], v[:, None], log_decay, True, scale, state, None, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return reference.step(q, k, v, state, log_decay, scale)
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Raise ValueError, saying what to do, unless the arguments of `linear_attention` fit together."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q, k and v must be [B, T, H, width], got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if q.shape != k.shape:
+        raise ValueError(f"q and k must have one shape, got {list(q.shape)} and {list(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v must agree with q in [B, T, H] = {list(q.shape[:3])}, got {list(v.shape[:3])}")
+    batch, time, heads, key_width = q.shape
+    value_width = v.shape[3]
+    if time == 0 or batch == 0 or heads == 0:
+        raise ValueError(f"q has no tokens: its shape is {list(q.shape)}")
+    for name, width in (("K", key_width), ("V", value_width)):
+        if not 0 < width <= MAX_WIDTH:
+            raise ValueError(f"{name} must be 1 to {MAX_WIDTH}, got {width}: use more heads of a smaller width")
+    if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
+    if log_decay is not None:
+        if not causal:
+            raise ValueError("log_decay needs causal=True: bidirectional attention has no decay")
+        if log_decay.shape not in ((heads,), (batch, time, heads)):
+            raise ValueError(
+                f"log_decay must be [H] = [{heads}] or [B, T, H] = {[batch, time, heads]}, got {list(log_decay.shape)}"
+            )
+        if log_decay.dtype not in (q.dtype, reference.state_dtype(q.dtype)):
+            raise ValueError(f"log_decay must be {q.dtype} or {reference.state_dtype(q.dtype)}, got {log_decay.dtype}")
+        if log_decay.device != q.device:
+            raise ValueError(f"log_decay must be on {q.device} like q, got {log_decay.device}")
+        if _may_read(log_decay) and bool((log_decay > 0).any()):
+            raise ValueError(
+                f"log_decay must be at most 0 (the state may only shrink), got {float(log_decay.max()):.3g}; "
+                "logsigmoid(x) or -softplus(x) gives a valid one"
+            )
+    rows = batch
+    if cu_seqlens is not None:
+        rows = len(cu_seqlens) - 1
+        _check_cuts(cu_seqlens, batch, time, mask)
+    if initial_state is not None:
+        wanted = [rows, heads, key_width, value_width]
+        if list(initial_state.shape) != wanted:
+            raise ValueError(f"the state must have shape {wanted}, got {list(initial_state.shape)}")
+        if initial_state.dtype != reference.state_dtype(q.dtype):
+            raise ValueError(f"the state must be {reference.state_dtype(q.dtype)}, got {initial_state.dtype}")
+        if initial_state.device != q.device:
+            raise ValueError(f"the state must be on {q.device} like q, got {initial_state.device}")
+    if mask is not None:
+        if mask.shape != (batch, time) or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool [B, T] = {[batch, time]}, got {mask.dtype} {list(mask.shape)}")
+        if mask.device != q.device:
+            raise ValueError(f"mask must be on {q.device} like q, got {mask.device}")
+
+
+def _check_cuts(cu_seqlens: Tensor, batch: int, time: int, mask: Tensor | None) -> None:
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1 with the sequences behind one another, got a batch of {batch}")
+    if mask is not None:
+        raise ValueError("cu_seqlens goes without mask: leave the padding out")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError("cu_seqlens must be a 1-D int32 or int64 tensor with at least two entries")
+    if not _may_read(cu_seqlens):
+        return
+    cuts = cu_seqlens.tolist()
+    if cuts[0] != 0 or cuts[-1] != time:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {time}, got {cuts[0]} to {cuts[-1]}")
+    if any(end < start for start, end in pairwise(cuts)):
+        raise ValueError(f"cu_seqlens must not decrease, got {cuts}")
+
+
+def _may_read(x: Tensor) -> bool:
+    """Whether the values of `x` can be looked at without stalling a stream or breaking a graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("CHELA_CHECK") == "1"
