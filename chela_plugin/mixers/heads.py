@@ -36,7 +36,7 @@ def divide(mixer: str, width: int, num_heads: int | None, head_dim: int | None, 
 
 
 def heads_at_least(width: int, narrowest: int, most: int) -> int:
-    """The largest number of heads, at most `most`, that divides `width` into heads at least `narrowest` wide (else 1)."""
+    """The most heads, up to `most`, that divide `width` into parts at least `narrowest` wide (else 1)."""
     return max([n for n in range(1, most + 1) if width % n == 0 and width // n >= narrowest], default=1)
 
 

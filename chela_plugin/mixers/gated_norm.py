@@ -1,0 +1,51 @@
+"""Root-mean-square normalisation of each head with a swish gate, the output stage of most linear mixers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GatedRMSNorm(nn.Module):
+    """`RMSNorm(x) * SiLU(gate)`, or `RMSNorm(x * SiLU(gate))` with `gate_first` (Mamba-2, arXiv:2405.21060, 7.1).
+
+    Args:
+        groups: how many groups are normalised apart.
+        width: channels of each group; x and gate are `[..., groups * width]`.
+        shared: one weight of `width` for all groups (GLA, Gated DeltaNet); else one for every channel (Mamba-2).
+        gate_first: gate before normalising.
+
+    Computed in fp32 at least; returns the gate's dtype.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        width: int,
+        *,
+        shared: bool,
+        gate_first: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.groups, self.width, self.gate_first, self.eps = groups, width, gate_first, eps
+        self.weight = nn.Parameter(torch.empty(1 if shared else groups, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        heads = (*x.shape[:-1], self.groups, self.width)
+        swish = F.silu(gate.to(dtype)).view(heads)
+        y = x.to(dtype).view(heads)
+        if self.gate_first:
+            y = y * swish
+        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight.to(dtype)
+        if not self.gate_first:
+            y = y * swish
+        return y.flatten(-2).to(gate.dtype)
