@@ -1,0 +1,5 @@
+"""Vision backbones; importing this package registers them with timm."""
+
+from chela_plugin.vision.chela_vit import ChelaViT
+
+__all__ = ["ChelaViT"]

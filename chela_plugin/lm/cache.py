@@ -1,0 +1,90 @@
+"""ChelaCache: what the blocks of a language model remember between forward calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from chela_plugin.lm.config import ChelaConfig
+
+
+class ChelaCache(Cache):
+    """One mixer cache a block (a dict of tensors, batch first) and the number of tokens seen.
+
+    It starts empty; the first forward call fills it, when the batch size is known. What a block keeps, and how that
+    grows with the sequence, is its mixer's affair: a recurrent state stays as it is, attention's keys get longer.
+    """
+
+    def __init__(self, config: ChelaConfig):
+        super().__init__(layers=[])
+        self.layers: list[dict[str, Tensor]] = []
+        self.made_for = _signature(config)
+        self.seen = 0
+
+    def check(self, config: ChelaConfig, batch: int) -> None:
+        """Raise ValueError unless this cache fits a model of `config` and a batch of `batch` rows."""
+        if self.made_for != _signature(config):
+            raise ValueError(
+                f"this cache belongs to another model: made for {self.made_for}, used with {_signature(config)}"
+            )
+        if self.layers and self.batch_size not in (-1, batch):
+            raise ValueError(f"this cache holds {self.batch_size} rows, the input has {batch}")
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, or -1 while nothing is."""
+        return next((len(tensor) for layer in self.layers for tensor in layer.values()), -1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no limit."""
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.layers)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuses: a recurrent state can't be walked back."""
+        raise ValueError("a ChelaCache cannot forget tokens; copy it before the step instead (copy.deepcopy)")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = []
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was, in every tensor."""
+        self._each_tensor(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or a bool mask)."""
+        self._each_tensor(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, behind one another."""
+        self._each_tensor(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    @torch.no_grad()
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            for name, tensor in layer.items():
+                layer[name] = change(tensor)
+
+
+def _signature(config: ChelaConfig) -> str:
+    return f"{config.num_hidden_layers} blocks of width {config.hidden_size} with mixer {config.mixer!r}"

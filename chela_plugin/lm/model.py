@@ -1,0 +1,271 @@
+"""ChelaModel and ChelaForCausalLM: a plain pre-norm language model whose mixers a string chooses."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from chela_plugin import create_mixer
+from chela_plugin.lm.cache import ChelaCache
+from chela_plugin.lm.config import ChelaConfig
+
+
+class SwiGLU(nn.Module):
+    """`(SiLU(x W_gate) * x W_up) W_down` (arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ChelaBlock(GradientCheckpointingLayer):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: ChelaConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.mixer_spec = config.mixer_specs()[layer_idx]
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = self._new_mixer()
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        # Mixers come out of their factory initialised as they ask to be; this mark keeps transformers' own
+        # initialisation, which knows only standard layers, away from them.
+        for module in self.mixer.modules():
+            module._is_hf_initialized = True
+        self.mixer_from_meta = any(t.is_meta for t in chain(self.mixer.parameters(), self.mixer.buffers()))
+
+    def _new_mixer(self, **placement) -> nn.Module:
+        depth = self.config.num_hidden_layers
+        return create_mixer(
+            self.mixer_spec, self.config.hidden_size, causal=True, depth=depth, layer_idx=self.layer_idx, **placement
+        )
+
+    @torch.no_grad()
+    def fill_mixer(self) -> None:
+        """Give a mixer built without storage (`from_pretrained`) what no checkpoint brought.
+
+        That is non-persistent buffers and missing weights; they are copied from a mixer made anew, so that nothing is
+        asked of third parties' mixers here.
+        """
+        tensors = dict(chain(self.mixer.named_parameters(), self.mixer.named_buffers()))
+        missing = {k: t for k, t in tensors.items() if not (t.is_meta or getattr(t, "_is_hf_initialized", False))}
+        if self.mixer_from_meta and missing:
+            fresh = self._new_mixer(device=self.mixer_norm.weight.device, dtype=self.mixer_norm.weight.dtype)
+            made = dict(chain(fresh.named_parameters(), fresh.named_buffers()))
+            for name, tensor in missing.items():
+                tensor.copy_(made[name])
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ChelaPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about both models."""
+
+    config_class = ChelaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer: `num_items_in_batch` is honoured
+    _no_split_modules = ["ChelaBlock"]  # noqa: RUF012 - transformers reads a plain list here
+    _is_stateful = True  # the cache can't be cropped: no assisted decoding
+    _can_compile_fullgraph = True
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, ChelaBlock):
+                module.fill_mixer()
+
+
+class ChelaModel(ChelaPreTrainedModel):
+    """Token embedding, blocks, final RMSNorm. No position embedding: order is the mixers' affair."""
+
+    def __init__(self, config: ChelaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(ChelaBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: ChelaCache | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Token ids to features.
+
+        Args:
+            input_ids: `[B, T]` integers; or `inputs_embeds` `[B, T, D]` instead.
+            attention_mask: `[B, T]` or, with a cache, `[B, seen + T]`: nonzero where there is a token, padding on one
+                side of a row.
+            past_key_values: A `ChelaCache` of this model; the call continues behind the tokens that it has seen.
+            use_cache: Return a cache. By default `config.use_cache` outside training, without `cu_seqlens` and where
+                every mixer can decode. Never under gradient checkpointing in training.
+            cu_seqlens: `[N + 1]` integers, 0 to T: sequences behind one another in a batch of 1. No cache, no mask.
+            output_hidden_states: Also return the input of every block and the final features.
+
+        Returns:
+            `last_hidden_state` `[B, T, D]`, `past_key_values`, `hidden_states`.
+
+        Raises ValueError for arguments that contradict each other, a mask that is not 2-D, a cache of another model,
+        and `use_cache=True` where a mixer can't decode.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]
+        cache = self._cache(past_key_values, use_cache, batch, x, packed=cu_seqlens is not None)
+        mask = _own_part(attention_mask, batch, length, 0 if cache is None else cache.seen)
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = []
+        for i, layer in enumerate(self.layers):
+            hidden_states += [x] if keep_all else []
+            x = layer(x, attention_mask=mask, cu_seqlens=cu_seqlens, cache=None if cache is None else cache.layers[i])
+        x = self.norm(x)
+        if cache is not None:
+            cache.seen += length
+        all_hidden = (*hidden_states, x) if keep_all else None
+        out = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=all_hidden)
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def _cache(
+        self, cache: ChelaCache | None, use_cache: bool | None, batch: int, x: Tensor, packed: bool
+    ) -> ChelaCache | None:
+        """The cache that this call reads and writes, with its layers made; None if there is none."""
+        recomputes = self.training and self.gradient_checkpointing
+        asked = use_cache is True or cache is not None
+        if cache is None:
+            wanted = self.config.use_cache and not (self.training or packed) if use_cache is None else use_cache
+            if not wanted or recomputes:
+                return None
+            cache = ChelaCache(self.config)
+        elif recomputes:
+            raise ValueError("gradient checkpointing runs every block twice, a cache would be written twice: pass none")
+        if not isinstance(cache, ChelaCache):
+            raise ValueError(
+                f"past_key_values takes a ChelaCache, got {type(cache).__name__}: a cache of another model"
+            )
+        cache.check(self.config, batch)
+        if not cache.layers:
+            for layer in self.layers:
+                try:
+                    state = layer.mixer.init_cache(batch, device=x.device, dtype=x.dtype)
+                except (AttributeError, NotImplementedError) as error:
+                    cache.reset()
+                    if not asked:
+                        return None
+                    raise ValueError(f"mixer {str(layer.mixer_spec)!r} has no cache; pass use_cache=False") from error
+                cache.layers.append(state)
+        return cache
+
+
+class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
+    """`ChelaModel` with an output layer over the vocabulary and the next-token loss."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers reads a plain dict
+
+    def __init__(self, config: ChelaConfig):
+        super().__init__(config)
+        self.model = ChelaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: ChelaCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Token ids to logits and, with `labels`, the loss. Arguments as `ChelaModel.forward`, and:
+
+        labels: `[B, T]`, usually `input_ids` itself: the shift by one happens here; -100 is ignored. With `cu_seqlens`
+            the first token of a sequence is not predicted from the sequence before it.
+        logits_to_keep: Only the last so many positions (0: all), or the positions of a 1-D integer tensor.
+        num_items_in_batch: The loss is a sum over tokens divided by this, instead of their mean.
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:
+                starts = cu_seqlens.new_zeros(labels.shape[1] + 1).index_fill_(0, cu_seqlens[:-1].long(), 1)
+                labels = labels.masked_fill(starts[:-1].bool().to(labels.device), -100)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        out = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+        """transformers' own, without position ids: no mixer takes them."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = ChelaCache(self.config)
+
+
+def _own_part(attention_mask: Tensor | None, batch: int, length: int, seen: int) -> Tensor | None:
+    """The part of a padding mask over all tokens that belongs to the `length` new ones."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape not in ((batch, length), (batch, seen + length)):
+        raise ValueError(
+            f"attention_mask is a padding mask [B, T] = [{batch}, {length}]"
+            + (f" or [B, seen + T] = [{batch}, {seen + length}]" if seen else "")
+            + f", got {list(attention_mask.shape)}; masks between pairs of tokens (3-D, 4-D) are not supported"
+        )
+    return attention_mask[:, -length:]
