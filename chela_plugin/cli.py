@@ -1,0 +1,149 @@
+"""The `chela` command: which mixers there are, ablations, reports."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Compare token mixers on equal terms.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+console = Console(highlight=False)
+
+# Beside the result and its difference to the baseline; the files have every column, a terminal of 80 has not the room.
+TERMINAL_COLUMNS = ("mixer", "parameters", "tokens/s")
+
+
+@app.callback()
+def _chela() -> None:
+    """Compare token mixers on equal terms."""
+
+
+@app.command()
+def mixers() -> None:
+    """List every installed mixer, whether it can run here, and what would mend it if not."""
+    from chela_plugin import list_mixers
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("mixer", "from", "runs here", "what it is, or what is missing"):
+        table.add_column(column, overflow="fold")
+    for mixer in list_mixers():
+        about = (
+            mixer.summary if mixer.available else f"{mixer.reason}; {mixer.remedy}" if mixer.remedy else mixer.reason
+        )
+        table.add_row(
+            mixer.name, mixer.distribution, "yes" if mixer.available else "no", (about or "").replace("[", r"\[")
+        )
+    console.print(table)
+
+
+@app.command()
+def ablate(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE... [KEY=VALUE]...",
+            help="YAML files or shipped ablations (digits, bytes); dotted overrides such as training.steps=100.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Results folder; default: runs/ and the ablations' names.")] = None,
+) -> None:
+    """Train every mixer of an ablation on equal terms; the same command goes on where it was stopped."""
+    from chela_plugin.harness.config import ConfigError, is_override, load_ablation
+
+    overrides = [word for word in files if is_override(word)]
+    sources = [word for word in files if not is_override(word)]
+    if not sources:
+        raise ConfigError("no ablation given; name a YAML file, or a shipped one: digits, bytes")
+    ablations = {}
+    for source in sources:
+        name, config = load_ablation(source, overrides)
+        if name in ablations:
+            raise ConfigError(f"two ablations are named {name!r} (a file's name without .yaml); rename one")
+        ablations[name] = config
+    folder = out or Path("runs") / "+".join(ablations)
+
+    from chela_plugin.harness.ablation import run_ablations
+
+    stopped_by = run_ablations(ablations, folder, console)
+    if stopped_by is not None:
+        again = " ".join(["chela ablate", *files, *(["--out", str(out)] if out else [])])
+        _say(f"stopped; all progress is in {folder}. To go on, give the same command again:\n  {again}")
+        raise typer.Exit(128 + stopped_by)
+    _report(folder)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A results folder that `chela ablate` wrote.")],
+    check: Annotated[
+        Path | None, typer.Option(help="Markdown file whose tables are compared with the JSON lines, digit by digit.")
+    ] = None,
+) -> None:
+    """Write tables, curves and an HTML page from the JSON lines; with --check, verify a published table instead."""
+    if check is None:
+        _report(folder)
+        return
+    from chela_plugin.harness.results import ResultsError, open_for_reading
+    from chela_plugin.harness.table import check as check_tables
+    from chela_plugin.harness.table import tables
+
+    if not check.is_file():
+        raise ResultsError(f"{check} is no file; --check takes the Markdown file with the published tables")
+    count, wrong = check_tables(check.read_text(encoding="utf-8"), tables(*open_for_reading(folder)))
+    if not count:
+        raise ResultsError(
+            f"{check} holds no table of a report (a line '<!-- chela report: ablation/task -->' and the table)"
+        )
+    for sentence in wrong:
+        _say(sentence)
+    _say(f"{check}: {count} tables, {len(wrong)} differences from {folder}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _report(folder: Path) -> None:
+    from chela_plugin.harness.report import write_report
+
+    written = write_report(folder)
+    for table in written.tables:
+        shown = Table(title=table.key, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        narrow = [
+            i for i, name in enumerate(table.header) if name in TERMINAL_COLUMNS or name.startswith(("test ", "minus "))
+        ]
+        for i in narrow:
+            shown.add_column(table.header[i], justify="right" if i else "left", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(row[i].replace("[", r"\[") for i in narrow))
+        console.print(shown)
+        for note in table.notes:
+            _say(f"  {note}")
+        console.print()
+    _say(f"table   {written.markdown}")
+    _say(f"curves  {written.curves}")
+    _say(f"page    {written.page}")
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: an error of the user's ends in one message and exit code 2, not in a traceback."""
+    from chela_plugin.harness.config import ConfigError
+    from chela_plugin.harness.extras import MissingPackage
+    from chela_plugin.harness.results import ResultsError
+
+    try:
+        app()
+    except (ConfigError, ResultsError, MissingPackage) as error:
+        Console(stderr=True, highlight=False).print(f"chela: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

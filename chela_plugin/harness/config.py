@@ -1,0 +1,255 @@
+"""What an ablation file may say: pydantic models over plain YAML, with dotted overrides. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """An ablation or task file that can't be used; the message names the file, the key and the remedy."""
+
+
+class Strict(BaseModel):
+    """A section of the file. An unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key!r}; {hint}")
+        return data
+
+
+class DigitsTask(Strict):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 10 classes; accuracy."""
+
+    backbone_kind: ClassVar[str] = "vision"
+    task: Literal["digits"]
+    max_shift: int = Field(1, ge=0, le=3, description="training images move by up to this many pixels, per axis")
+    split_seed: int = Field(0, ge=0, description="of the stratified 60/20/20 split; equal for all runs")
+
+
+class BytesTask(Strict):
+    """The running Python's own standard library as bytes; bits per byte. No file is in two splits."""
+
+    backbone_kind: ClassVar[str] = "language"
+    task: Literal["bytes"]
+    context: int = Field(256, ge=8, description="bytes a sequence")
+    train_bytes: int = Field(2_000_000, ge=1)
+    validation_bytes: int = Field(65_536, ge=1)
+    test_bytes: int = Field(131_072, ge=1)
+
+
+Task = Annotated[DigitsTask | BytesTask, Field(discriminator="task")]
+
+
+class VisionBackbone(Strict):
+    """A `chela_vit` of timm's registry, at the task's own image size."""
+
+    kind: Literal["vision"]
+    model: str = "chela_vit_tiny"
+    dim: int = Field(64, ge=8)
+    depth: int = Field(4, ge=1)
+    patch_size: int = Field(1, ge=1)
+    mlp_hidden: int = Field(256, ge=1, description="of the baseline; the other mixers' is searched for")
+
+
+class LanguageBackbone(Strict):
+    """`ChelaForCausalLM` over the task's own vocabulary."""
+
+    kind: Literal["language"]
+    dim: int = Field(128, ge=8)
+    depth: int = Field(2, ge=1)
+    mlp_hidden: int = Field(341, ge=1, description="of the baseline; the other mixers' is searched for")
+
+
+Backbone = Annotated[VisionBackbone | LanguageBackbone, Field(discriminator="kind")]
+
+
+class Training(Strict):
+    """The recipe, the same for every mixer: AdamW, linear warmup then cosine to a tenth, gradient norm clipped."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    evaluate_every: int = Field(ge=1, description="steps between readings of the validation split")
+    accelerator: Literal["cpu", "cuda", "auto"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Training:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
+        return self
+
+
+class Ablation(Strict):
+    """tasks x mixers x learning rates x seeds on one backbone."""
+
+    tasks: list[Task] = Field(min_length=1)
+    mixers: list[str] = Field(min_length=1)
+    baseline: str = Field(description="the mixer whose parameter count the others match and are compared with")
+    backbone: Backbone
+    training: Training
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    parameter_tolerance: float = Field(0.02, gt=0, lt=1)
+    checkpoint_seconds: float = Field(30.0, ge=0, description="between checkpoints of a run; no part of its identity")
+
+    @model_validator(mode="after")
+    def _cells_differ(self) -> Ablation:
+        grid: tuple[tuple[str, list[Any]], ...] = (
+            ("mixers", self.mixers),
+            ("seeds", self.seeds),
+            ("learning_rates", self.learning_rates),
+            ("tasks", [task.task for task in self.tasks]),
+        )
+        for key, values in grid:
+            twice = sorted({str(v) for v in values if values.count(v) > 1})
+            if twice:
+                raise ValueError(f"{key} holds {', '.join(twice)} more than once: two cells would collide")
+        if self.baseline not in self.mixers:
+            raise ValueError(f"baseline {self.baseline!r} is not one of the mixers: {', '.join(self.mixers)}")
+        for task in self.tasks:
+            if task.backbone_kind != self.backbone.kind:
+                raise ValueError(
+                    f"task {task.task!r} needs backbone.kind: {task.backbone_kind}, the file says {self.backbone.kind}"
+                )
+        return self
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces. Two equal configs have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of `canonical_json(value)`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def identity(ablation: Ablation) -> dict[str, Any]:
+    """All of an ablation that its results depend on."""
+    return ablation.model_dump(mode="json", exclude={"checkpoint_seconds"})
+
+
+def shipped(folder: Literal["ablations", "tasks"]) -> dict[str, Path]:
+    """Name -> path of the YAML files that come with the package."""
+    files = resources.files("chela_plugin.configs").joinpath(folder)
+    with resources.as_file(files) as path:
+        return {file.stem: file for file in sorted(Path(path).glob("*.yaml"))}
+
+
+def load_ablation(source: str | Path, overrides: Iterable[str] = ()) -> tuple[str, Ablation]:
+    """Read an ablation.
+
+    Args:
+        source: path of a YAML file, or the bare name of a shipped one ('digits').
+        overrides: 'dotted.key=value' with a YAML value; list items by number ('tasks.0.max_shift=0').
+
+    Returns the ablation's name (the file's stem) and its config. Raises ConfigError.
+    """
+    path = _find(str(source), "ablations")
+    data = _read(path)
+    for override in overrides:
+        _override(data, override)
+    tasks = data.get("tasks")
+    if isinstance(tasks, list):
+        data["tasks"] = [_read(_find(task, "tasks")) if isinstance(task, str) else task for task in tasks]
+    for override in overrides:  # again: an override may name a key of a task that was given by name
+        _override(data, override)
+    try:
+        return path.stem, Ablation.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
+
+
+def is_override(text: str) -> bool:
+    """Whether a command-line word is 'dotted.key=value' and not a file."""
+    return re.match(r"[A-Za-z_]\w*(\.\w+)*=", text) is not None
+
+
+def _find(name: str, folder: Literal["ablations", "tasks"]) -> Path:
+    known = shipped(folder)
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped {folder}: {', '.join(known) or 'none'}"
+    raise ConfigError(f"{name!r} is no file and no shipped name; {hint}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; a config must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, found {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, _, value = text.partition("=")
+    *parents, last = key.split(".")
+    try:
+        parsed = yaml.load(value, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    place: Any = data
+    for i, part in enumerate(parents):
+        if isinstance(place, str):
+            return  # a task that is still a name; it is read next, and the override applied again
+        try:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            known = ", ".join(place) if isinstance(place, dict) else f"0 to {len(place) - 1}" if place else "nothing"
+            raise ConfigError(f"override {text!r}: no {'.'.join(parents[: i + 1])!r}; there is {known}") from None
+    if isinstance(place, str):
+        return
+    if isinstance(place, dict):
+        place[last] = parsed
+    elif isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    else:
+        raise ConfigError(f"override {text!r}: {'.'.join(parents)!r} has no {last!r}")
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    return f"{where}: {message}{given}" if where else message + given

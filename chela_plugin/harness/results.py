@@ -1,0 +1,240 @@
+"""The results folder. Every write is atomic or an append that a torn end can't damage; one process at a time.
+
+    manifest.json               the folder's format and the full config of each ablation in it
+    results.jsonl               one JSON object a line; the source of every table (see `Record`)
+    cells/<id>/run.safetensors  a run under way: weights, best weights, optimiser, and where it stands
+    cells/<id>/best.safetensors the chosen weights of a finished run
+    tensorboard/                scalars
+    lock                        held by the process that writes
+
+No pickle anywhere: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from chela_plugin.harness.config import canonical_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "chela-plugin results"
+VERSION = 1
+
+# A record is a JSON object with 'record' one of:
+#   'run'   one (task, mixer, learning rate, seed): validation, history, conditions; or 'status': 'failed' and a reason
+#   'test'  the one reading of the test split for (task, mixer, seed), at the learning rate that validation chose
+Record = dict[str, Any]
+
+
+class ResultsError(ValueError):
+    """A results folder that can't be used; the message says why and what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` as a whole: after a crash at any point it holds the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+    _sync_folder(path.parent)
+
+
+def _unwritable(path: Path, error: OSError) -> ResultsError:
+    return ResultsError(
+        f"cannot write {path}: {error.strerror or error}. Finished runs are kept; mend it and start again"
+    )
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in `path` durable; a system that can't open folders (Windows) does so by itself."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a `results.jsonl` and how many of its bytes are good.
+
+    A last line that was not finished (a kill in the middle of the write) is left out of both. Raises ResultsError for
+    damage that no interrupted write can leave.
+    """
+    if not path.exists():
+        return [], 0
+    content = path.read_bytes()
+    records: list[Record] = []
+    good = 0
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        last = good + len(line) == len(content)
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "record" not in record or not line.endswith(b"\n"):
+                raise ValueError
+        except ValueError:
+            if last:
+                break
+            raise ResultsError(
+                f"{path}, line {number}: not a record of this harness; restore the file or give another --out"
+            ) from None
+        records.append(record)
+        good += len(line)
+    return records, good
+
+
+def open_for_reading(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Manifest and records of a results folder. Raises ResultsError where it is none of ours."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise ResultsError(f"{folder} is no results folder: it has no manifest.json. Make one with: chela ablate FILE")
+    return manifest, read_records(folder / "results.jsonl")[0]
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError
+        version = int(manifest["version"])
+        if not isinstance(manifest["ablations"], dict):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ResultsError(f"{path} was not written by this harness; give another --out") from None
+    if version != VERSION:
+        raise ResultsError(
+            f"{folder} holds results of format version {version}, this is version {VERSION}; "
+            "use the chela-plugin version that wrote it, or give another --out"
+        )
+    return manifest
+
+
+class ResultsFolder:
+    """The folder, open for writing. Use as a context manager: it holds the lock.
+
+    Raises ResultsError if another process holds it, if it is not a results folder, or if an ablation of the same name
+    but another config is in it.
+    """
+
+    def __init__(self, path: Path, ablations: dict[str, dict[str, Any]]):
+        self.path = path
+        self.ablations = ablations
+        self.records: list[Record] = []
+        self.torn = False
+
+    def __enter__(self) -> ResultsFolder:
+        from filelock import (
+            FileLock,
+            Timeout,
+        )  # a dependency of torch; the lock falls with the process, even by kill -9
+
+        if self.path.exists() and not self.path.is_dir():
+            raise ResultsError(f"{self.path} is a file; give --out a folder")
+        if self.path.is_dir() and not (self.path / "manifest.json").exists():
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name != "lock" and not p.name.endswith(".part"))
+            if strangers:
+                raise ResultsError(
+                    f"{self.path} is no results folder (it holds {strangers[0]!r} and no manifest.json); "
+                    "give --out a new or empty folder"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ResultsError(
+                f"another process is writing to {self.path}; wait for it, or give another --out"
+            ) from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
+        self._lock.release()
+
+    def _open(self) -> None:
+        for leftover in self.path.glob("**/.*.part"):  # of a process that was killed before its rename
+            leftover.unlink(missing_ok=True)
+        manifest = _manifest(self.path) or {"format": FORMAT, "version": VERSION, "ablations": {}}
+        for name, config in self.ablations.items():
+            known = manifest["ablations"].get(name)
+            if known is not None and canonical_json(known) != canonical_json(config):
+                keys = sorted(k for k in {*known, *config} if known.get(k) != config.get(k))
+                raise ResultsError(
+                    f"{self.path} holds the ablation {name!r} with another config (different: {', '.join(keys)}); "
+                    "give another --out, or go on with the config that it was started with"
+                )
+        manifest["ablations"].update(self.ablations)
+        write_atomically(self.path / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        log = self.path / "results.jsonl"
+        self.records, good = read_records(log)
+        if log.exists() and log.stat().st_size > good:
+            self.torn = True
+            os.truncate(log, good)
+
+    def append(self, record: Record) -> None:
+        """Add one record, on disk before this returns. A failed write (a full disk) leaves the file as it was."""
+        log = self.path / "results.jsonl"
+        line = (canonical_json(record) + "\n").encode()
+        before = log.stat().st_size if log.exists() else 0
+        try:
+            with open(log, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if log.exists():
+                os.truncate(log, before)
+            raise _unwritable(log, error) from error
+        self.records.append(record)
+
+    def cell(self, cell_id: str) -> Path:
+        """The folder of one run."""
+        path = self.path / "cells" / cell_id
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def drop_cell(self, cell_id: str) -> None:
+        """Remove a run's files: it starts over."""
+        shutil.rmtree(self.path / "cells" / cell_id, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able state as one safetensors file, atomically."""
+    from safetensors.torch import save
+
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, save(copies, metadata={"state": canonical_json(state)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What `save_tensors` wrote, or None where the file is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118  # no mapping: it can't be iterated
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None

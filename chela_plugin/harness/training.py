@@ -1,0 +1,302 @@
+"""One run: a model of one mixer, trained at one learning rate from one seed. Resumes bit for bit on the same machine.
+
+Nothing random is carried from step to step: batch, augmentation and dropout of step t follow from (seed, t). A
+checkpoint is therefore weights, optimiser and counters, and an interrupted run ends as an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from chela_plugin.harness.backbones import bits, loss_sum
+from chela_plugin.harness.config import Training
+from chela_plugin.harness.data_order import batch_rows, generator
+from chela_plugin.harness.extras import need
+from chela_plugin.harness.results import load_tensors, save_tensors
+from chela_plugin.harness.tasks import IGNORE, Examples
+
+UNTIMED_STEPS = 3  # the first steps of a process allocate, autotune and compile; tokens/s leaves them out
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved where it stands."""
+
+
+class Watcher(Protocol):
+    """What a run tells while it goes on."""
+
+    def step(self, step: int, loss: float) -> None:
+        """`step` steps are done; `loss` is the last batch's."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Values for the curves."""
+
+    def stop(self) -> bool:
+        """Whether to save and stop now."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A split's result: the metric, and the mean loss in nats that breaks its ties."""
+
+    metric: float
+    loss: float
+
+    def rank(self, metric: str) -> tuple[float, float]:
+        """Larger is better."""
+        return (self.metric if metric == "accuracy" else -self.metric, -self.loss)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds besides tensors."""
+
+    step: int = 0
+    best_step: int = -1
+    seconds: float = 0.0  # of training steps, evaluation and checkpoints left out
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+    peak_bytes: int | None = None  # CUDA allocator; a CPU process has no such figure of its own
+    history: dict[str, list[float]] = field(
+        default_factory=lambda: {"step": [], "seconds": [], "train_loss": [], "validation": [], "validation_loss": []}
+    )
+
+
+def learning_rate_at(step: int, peak: float, config: Training) -> float:
+    """Linear from 0 over `warmup_steps`, then a cosine from `peak` to a tenth of it at the last step."""
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW without decay on vectors (norms, biases) and on parameters that carry `_no_weight_decay = True`."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
+            (kept if free else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95))
+
+
+def as_model_input(inputs: Tensor) -> Tensor:
+    """Tokens are stored in few bytes and embedded as int64; images pass."""
+    return inputs if inputs.is_floating_point() else inputs.long()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Examples, batch_size: int, device: torch.device) -> Score:
+    """Metric and loss of a whole split, in its own order."""
+    model.eval()
+    nats = right = count = 0.0
+    for start in range(0, len(data), batch_size):
+        inputs = as_model_input(data.inputs[start : start + batch_size]).to(device)
+        targets = data.targets[start : start + batch_size].long().to(device)
+        logits = model(inputs)
+        nats += loss_sum(logits, targets).item()
+        right += (logits.argmax(-1) == targets).sum().item()
+        count += (targets != IGNORE).sum().item()
+    model.train()
+    return Score(right / count if data.metric == "accuracy" else bits(nats / count), nats / count)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Ask torch for deterministic algorithms; an operation that has none warns once and runs."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def new_fabric(config: Training) -> Any:
+    """Lightning Fabric for one device. Raises ValueError where the device is not there."""
+    need("lightning", "harness")
+    from lightning.fabric import Fabric
+
+    if config.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("training.accelerator is cuda, and torch sees no CUDA device; use auto or cpu")
+    accelerator = "cuda" if config.accelerator == "auto" and torch.cuda.is_available() else config.accelerator
+    fabric = Fabric(accelerator="cpu" if accelerator == "auto" else accelerator, devices=1, precision=config.precision)
+    fabric.launch()
+    return fabric
+
+
+def run(
+    build: Callable[[], nn.Module],
+    train: Examples,
+    validation: Examples,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    config: Training,
+    *,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+    checkpoint_seconds: float,
+    fabric: Any,
+    watcher: Watcher,
+) -> Progress:
+    """Train, or go on where the last checkpoint in `folder` stands; leaves the best weights in `best.safetensors`.
+
+    "Best" is by the validation split, read every `evaluate_every` steps and at the end. Raises Diverged, Interrupted
+    (after saving), and whatever the model raises.
+    """
+    torch.manual_seed(seed)
+    plain = build()
+    optimizer = adamw(plain, config.weight_decay)
+    checkpoint = folder / "run.safetensors"
+    progress = Progress()
+    best: dict[str, Tensor] = {}
+    losses: list[Tensor] = []  # since the last reading of the validation split
+    model, optimizer = fabric.setup(plain, optimizer)
+    device = fabric.device
+    saved = load_tensors(checkpoint)
+    if saved is not None:
+        progress, best, losses = _restore(plain, optimizer, *saved)
+    clock = _Clock(progress, device)
+    model.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    last_save = time.monotonic()
+    while progress.step < config.steps:
+        step = progress.step
+        clock.start()
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator("dropout", seed, step))))
+        rows = batch_rows(len(train), config.batch_size, seed, step)
+        inputs = augment(train.inputs[rows], generator("augment", seed, step))
+        targets = train.targets[rows].long().to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, learning_rate, config)
+        loss = loss_sum(model(as_model_input(inputs).to(device)), targets) / (targets != IGNORE).sum()
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        progress.step += 1
+        clock.stepped()
+        if progress.step % 10 == 0 or progress.step == config.steps:
+            watcher.step(progress.step, losses[-1].item())
+        if progress.step % config.evaluate_every == 0 or progress.step == config.steps:
+            clock.stop()
+            read = finite(losses, progress.step)
+            mean_loss, losses = math.fsum(read) / len(read), []
+            score = evaluate(model, validation, config.batch_size, device)
+            if not math.isfinite(score.loss):
+                raise Diverged(f"the validation loss is {score.loss} at step {progress.step}")
+            values = {"seconds": progress.seconds, "train_loss": mean_loss}
+            values |= {"validation": score.metric, "validation_loss": score.loss}
+            for name, value in ({"step": progress.step} | values).items():
+                progress.history[name].append(value)
+            rate = learning_rate_at(step, learning_rate, config)
+            watcher.scalars(progress.step, values | {"learning_rate": rate})
+            if progress.best_step < 0 or score.rank(train.metric) > _best_score(progress).rank(train.metric):
+                progress.best_step = progress.step
+                best = {name: tensor.detach().cpu().clone() for name, tensor in plain.state_dict().items()}
+        if device.type == "cuda":
+            progress.peak_bytes = max(progress.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
+        stopping = watcher.stop()
+        if stopping or time.monotonic() - last_save >= checkpoint_seconds or progress.step == config.steps:
+            clock.stop()
+            state = vars(progress) | {"losses": finite(losses, progress.step)}
+            save_tensors(checkpoint, _tensors(plain, optimizer, best), state)
+            last_save = time.monotonic()
+        if stopping and progress.step < config.steps:
+            raise Interrupted
+    save_tensors(folder / "best.safetensors", best, {"step": progress.best_step})
+    return progress
+
+
+def _best_score(progress: Progress) -> Score:
+    row = progress.history["step"].index(progress.best_step)
+    return Score(progress.history["validation"][row], progress.history["validation_loss"][row])
+
+
+def finite(losses: list[Tensor], step: int) -> list[float]:
+    """The losses as numbers, in one transfer from the device. Raises Diverged if one is not finite."""
+    values = torch.stack(losses).double().tolist() if losses else []
+    for value in values:
+        if not math.isfinite(value):
+            raise Diverged(f"the training loss is {value} by step {step}; try a smaller learning rate")
+    return values
+
+
+def _tensors(model: nn.Module, optimizer: Any, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything of a checkpoint that is a tensor, by a name that says where it belongs."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+def _restore(
+    model: nn.Module, optimizer: Any, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> tuple[Progress, dict[str, Tensor], list[Tensor]]:
+    """Load model and optimiser from a checkpoint; returns where the run stands, its best weights, its open losses."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    model.load_state_dict(part("model/"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part("optimizer/").items():
+        number, _, key = name.partition("/")
+        moments.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    device = next(model.parameters()).device
+    losses = [torch.tensor(value, device=device) for value in state.pop("losses")]
+    return Progress(**state), part("best/"), losses
+
+
+class _Clock:
+    """Seconds of training steps, with the device's queue drained at start and stop only."""
+
+    def __init__(self, progress: Progress, device: torch.device):
+        self.progress, self.device = progress, device
+        self.since: float | None = None
+        self.steps_here = 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        if self.since is None:
+            self.since = self._now()
+            self.segment_steps = 0
+
+    def stepped(self) -> None:
+        self.steps_here += 1
+        self.segment_steps += 1
+        if self.steps_here <= UNTIMED_STEPS:
+            self.stop(timed=False)
+
+    def stop(self, *, timed: bool = True) -> None:
+        if self.since is not None:
+            passed = self._now() - self.since
+            self.progress.seconds += passed
+            if timed:
+                self.progress.timed_seconds += passed
+                self.progress.timed_steps += self.segment_steps
+            self.since = None
