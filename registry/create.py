@@ -28,7 +28,7 @@ def create_mixer(
     """The mixer that `spec` names, a module that maps `[B, T, dim]` to `[B, T, dim]`.
 
     Args:
-        spec: 'chela(head_dim=64)' or a MixerSpec; its options are checked again, since a MixerSpec can be built by hand.
+        spec: 'chela(head_dim=64)' or a MixerSpec, checked here too, since one can be built by hand.
         dim: channels.
         causal: whether token t may see only tokens up to t. Never guessed: a language model says True, vision False.
         depth, layer_idx: number of blocks in the host and this block's place, for mixers whose initialisation asks.

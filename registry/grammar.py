@@ -61,7 +61,7 @@ class TermNode:
 
 
 def parse(text: str) -> tuple[TermNode, ...]:
-    """The terms of a mixer string. Raises MixerSpecError for anything outside the grammar, TypeError for a non-string."""
+    """The terms of a mixer string. Raises MixerSpecError outside the grammar, TypeError for what is no string."""
     if not isinstance(text, str):
         raise TypeError(f"a mixer string is a str such as 'chela(head_dim=64)', got {type(text).__name__}")
     cleaned, cuts = scan(text)

@@ -1,0 +1,1 @@
+"""Placeholder until attn_layer lands."""
