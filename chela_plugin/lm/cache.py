@@ -20,7 +20,7 @@ class ChelaCache(Cache):
 
     def __init__(self, config: ChelaConfig):
         super().__init__(layers=[])
-        self.layers: list[dict[str, Tensor]] = []
+        self.layers: list[dict[str, Tensor]] = []  # type: ignore[assignment]  # transformers' layers hold keys and values
         self.made_for = _signature(config)
         self.seen = 0
 

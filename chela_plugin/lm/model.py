@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from chela_plugin import create_mixer
 from chela_plugin.lm.cache import ChelaCache
 from chela_plugin.lm.config import ChelaConfig
+from chela_plugin.registry import create_mixer
+
+_INITIALISED = "_is_hf_initialized"  # transformers' mark, on a module or a tensor, for "leave it as it is"
 
 
 class SwiGLU(nn.Module):
@@ -39,12 +42,12 @@ class ChelaBlock(GradientCheckpointingLayer):
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = self._new_mixer()
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = SwiGLU(config.hidden_size, cast(int, config.intermediate_size))
         # Mixers come out of their factory initialised as they ask to be; this mark keeps transformers' own
         # initialisation, which knows only standard layers, away from them.
         for module in self.mixer.modules():
-            module._is_hf_initialized = True
-        self.mixer_from_meta = any(t.is_meta for t in chain(self.mixer.parameters(), self.mixer.buffers()))
+            setattr(module, _INITIALISED, True)
+        self.mixer_from_meta: bool = any(t.is_meta for t in chain(self.mixer.parameters(), self.mixer.buffers()))
 
     def _new_mixer(self, **placement) -> nn.Module:
         depth = self.config.num_hidden_layers
@@ -60,12 +63,13 @@ class ChelaBlock(GradientCheckpointingLayer):
         asked of third parties' mixers here.
         """
         tensors = dict(chain(self.mixer.named_parameters(), self.mixer.named_buffers()))
-        missing = {k: t for k, t in tensors.items() if not (t.is_meta or getattr(t, "_is_hf_initialized", False))}
+        missing = {k: t for k, t in tensors.items() if not (t.is_meta or getattr(t, _INITIALISED, False))}
         if self.mixer_from_meta and missing:
             fresh = self._new_mixer(device=self.mixer_norm.weight.device, dtype=self.mixer_norm.weight.dtype)
             made = dict(chain(fresh.named_parameters(), fresh.named_buffers()))
             for name, tensor in missing.items():
                 tensor.copy_(made[name])
+        self.mixer_from_meta = False
 
     def forward(
         self,
@@ -81,6 +85,7 @@ class ChelaBlock(GradientCheckpointingLayer):
 class ChelaPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about both models."""
 
+    config: ChelaConfig
     config_class = ChelaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -174,8 +179,9 @@ class ChelaModel(ChelaPreTrainedModel):
         cache.check(self.config, batch)
         if not cache.layers:
             for layer in self.layers:
+                mixer = cast(Any, layer.mixer)
                 try:
-                    state = layer.mixer.init_cache(batch, device=x.device, dtype=x.dtype)
+                    state = mixer.init_cache(batch, device=x.device, dtype=x.dtype)
                 except (AttributeError, NotImplementedError) as error:
                     cache.reset()
                     if not asked:
@@ -242,9 +248,9 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
         )
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' own, without position ids: no mixer takes them."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = GenerationMixin.prepare_inputs_for_generation(cast(Any, self), *args, **kwargs)
         inputs.pop("position_ids", None)
         return inputs
 
@@ -252,8 +258,10 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        GenerationMixin._prepare_cache_for_generation(cast(Any, self), generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = ChelaCache(self.config)
 

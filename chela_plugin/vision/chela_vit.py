@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,8 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn, get_init_weights_vit
 from torch import Tensor, nn
 
-from chela_plugin import create_mixer
-from chela_plugin.registry import MixerSpec, parse_pattern
+from chela_plugin.registry import MixerSpec, create_mixer, parse_pattern
 
 __all__ = ["ChelaViT"]
 
@@ -82,6 +81,8 @@ class ChelaViT(VisionTransformer):
             attention, patch dropout with a mixer that reads the grid.
     """
 
+    _model_args: dict[str, Any]  # timm's record of what rebuilds this model
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -137,7 +138,7 @@ class ChelaViT(VisionTransformer):
             weight_init=weight_init,
             norm_layer=get_norm_layer(norm_layer) or LayerNorm,
             act_layer=get_act_layer(act_layer) or nn.GELU,
-            block_fn=partial(ChelaViTBlock, mixers=mixers),
+            block_fn=cast(type[nn.Module], partial(ChelaViTBlock, mixers=mixers)),
             device=device,
             dtype=dtype,
         )
@@ -157,7 +158,8 @@ class ChelaViT(VisionTransformer):
         head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
         init = get_init_weights_vit(mode, head_bias, needs_reset=needs_reset)
         reset = get_init_weights_vit("reset", needs_reset=needs_reset)
-        inside_mixers = {id(module) for block in self.blocks for module in block.mixer.modules()}
+        blocks = cast(list[ChelaViTBlock], self.blocks)
+        inside_mixers = {id(module) for block in blocks for module in block.mixer.modules()}
 
         def init_module(module: nn.Module, name: str) -> None:
             (reset if id(module) in inside_mixers else init)(module, name=name)
