@@ -6,12 +6,14 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
     forward(x, *, attention_mask=None, cu_seqlens=None, cache=None, grid=None) -> [B, T, C]
     init_cache(batch_size, *, device=None, dtype=None) -> dict of tensors, batch first   (causal mixers that can decode)
     step(x: [B, C], cache) -> [B, C]                                                     (one token; updates the cache)
-    reset_parameters()                                                                   (own weights, not children's)
+    reset_parameters()                                                                   (every weight of the mixer)
     path(device) -> str                                                                  (which implementation runs)
-    uses_grid: bool                                                                      (hosts pass `grid` only if True)
+    uses_grid: bool                                                                      (if True, hosts pass `grid`)
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +72,9 @@ class Mixer(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"{name} expects x of shape [B, T, {self.dim}], got {list(x.shape)}")
         if cache is not None and not self.causal:
-            raise ValueError(f"{name} was built with causal=False and has no cache: it needs the whole sequence at once")
+            raise ValueError(
+                f"{name} was built with causal=False and has no cache: it needs the whole sequence at once"
+            )
         if grid is not None:
             if not self.uses_grid:
                 raise ValueError(f"{name} has no two-dimensional form; call it without grid")
@@ -79,15 +83,21 @@ class Mixer(nn.Module):
         if cu_seqlens is not None:
             if attention_mask is not None or cache is not None or grid is not None:
                 raise ValueError(f"{name}: cu_seqlens goes without attention_mask, cache and grid")
-            rows, mask = unpack(x, cu_seqlens)
-            return pack(self.mix(rows, mask=mask, cache=None, grid=None), mask)
+            rows, there = unpack(x, cu_seqlens)
+            return pack(self.mix(rows, mask=there, cache=None, grid=None), there)
         mask = None
         if attention_mask is not None:
             if attention_mask.shape != x.shape[:2]:
                 raise ValueError(
-                    f"{name} takes a padding mask of shape [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}"
+                    f"{name} takes a padding mask of shape [B, T] = {list(x.shape[:2])}, "
+                    f"got {list(attention_mask.shape)}"
                 )
             mask = attention_mask.to(device=x.device, dtype=torch.bool)
+            # Reads the mask, so not while compiling.
+            if cache is not None and not torch.compiler.is_compiling() and not bool(mask[:, -1].all()):
+                raise ValueError(
+                    f"{name}: rows that go into a cache are padded on the left, or the cache ends in padding"
+                )
         return self.mix(x, mask=mask, cache=cache, grid=grid)
 
 
@@ -100,7 +110,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, total: int) -> None:
     cuts = cu_seqlens.tolist()
     if cuts[0] != 0 or cuts[-1] != total:
         raise ValueError(f"cu_seqlens must run from 0 to {total} tokens, got {cuts[0]} to {cuts[-1]}")
-    if any(b < a for a, b in zip(cuts, cuts[1:], strict=False)):
+    if any(b < a for a, b in itertools.pairwise(cuts)):
         raise ValueError(f"cu_seqlens must not decrease, got {cuts}")
 
 

@@ -1,0 +1,228 @@
+"""The CHELA mixer (arXiv:2406.08128): short-long convolution, linear attention steered by it, and a gate.
+
+    Z = SiLU(S(X))                                   short-long convolution
+    q = phi(Z Wq), k = phi(Z Wk), v = SiLU(X Wv)     H heads, key width K, value width V
+    O_t = sum_s exp(g_t - g_s) (q_t . k_s) v_s       causal: s <= t; g the cumulative log decay, 0 without one
+    Y = (RMSNorm_head(O) * SiLU(Z Wg)) Wo
+    update_gate: U = sigmoid(Z Wu), U * Y + (1 - U) * X          (MEGA, arXiv:2209.10655, equation 14)
+
+Dim suffixes: B batch, T tokens, D channels, H heads, K key width, V value width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
+
+from .long_kernel import no_weight_decay, precise
+from .mixer import Cache, Mixer
+from .short_long_conv import ShortLongConv
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "identity": lambda x: x,
+    "elu1": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "l2": lambda x: F.normalize(x, dim=-1),
+}
+DECAYS = ("data", "none", "fixed", "learned")
+
+
+class Chela(Mixer):
+    """CHELA with every option of the design; defaults keep it within 2 % of softmax attention's 4 D^2 parameters.
+
+    Args:
+        dim: channels D.
+        causal: one-sided, or two-sided.
+        num_heads: H; default: heads of value width 128, or fewer channels where D is below 256.
+        key_dim: K, the key width of a head; default: what is left of 4 D^2 parameters, about V / 2.
+        value_dim: V, the value width of a head; default D / H (3 D / 4 H with `update_gate`, whose D^2 it pays).
+        short, long, norm, long_gain, dims, group_size, max_len: see `ShortLongConv`.
+        norm: None chooses `scale` when causal and `batch` when not.
+        decay: `data` (a decay for each token and head, as in Mamba-2), `none`, `fixed` (RetNet's), `learned` (one for
+            each head); None chooses `data` when causal and `none` when not. A two-sided mixer has no decay.
+        phi: feature map of q and k.
+        qk_from: 'z' as in the paper; 'x' for ablations.
+        gate: False leaves out SiLU(Z Wg).
+        update_gate: MEGA's update gate.
+        depth: number of blocks of the host; scales the output projection's initial weights by (2 depth)^-0.5.
+        layer_idx: accepted because every mixer factory takes it; all layers are alike here.
+
+    Raises:
+        ValueError: dim not divisible by num_heads, or options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool,
+        num_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        short: tuple[int, ...] = (3, 7),
+        long: Literal["multiscale", "explicit", "modal", "implicit", "none"] = "multiscale",
+        norm: Literal["scale", "batch"] | None = None,
+        long_gain: float = 0.1,
+        dims: Literal[1, 2] = 1,
+        group_size: int = 16,
+        max_len: int = 1024,
+        decay: Literal["data", "none", "fixed", "learned"] | None = None,
+        phi: Literal["silu", "identity", "elu1", "relu", "l2"] = "silu",
+        qk_from: Literal["z", "x"] = "z",
+        gate: bool = True,
+        update_gate: bool = False,
+        depth: int | None = None,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(dim, causal=causal)
+        factory = {"device": device, "dtype": dtype}
+        decay = decay or ("data" if causal else "none")
+        if decay not in DECAYS or phi not in FEATURE_MAPS or qk_from not in ("z", "x"):
+            raise ValueError(
+                f"decay is one of {', '.join(DECAYS)}, phi one of {', '.join(FEATURE_MAPS)}, qk_from z or x; "
+                f"got {decay!r}, {phi!r}, {qk_from!r}"
+            )
+        if not causal and decay != "none":
+            raise ValueError(f"decay={decay} runs forward in time; a two-sided chela (causal=False) takes decay=none")
+        heads = num_heads or default_heads(dim)
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {heads}")
+        self.num_heads, self.decay, self.phi, self.qk_from = heads, decay, FEATURE_MAPS[phi], qk_from
+        self.depth = depth
+        self.uses_grid = dims == 2
+        self.conv = ShortLongConv(
+            dim,
+            causal=causal,
+            short=short,
+            long=long,
+            norm=norm or ("scale" if causal else "batch"),
+            long_gain=long_gain,
+            dims=dims,
+            group_size=group_size,
+            max_len=max_len,
+            **factory,
+        )
+        self.value_dim = value_dim or (max(dim * 3 // (4 * heads), 1) if update_gate else dim // heads)
+        values = heads * self.value_dim
+        self.v = nn.Linear(dim, values, bias=False, **factory)
+        self.g = nn.Linear(dim, values, bias=False, **factory) if gate else None
+        self.u = nn.Linear(dim, dim, **factory) if update_gate else None
+        self.proj = nn.Linear(values, dim, bias=False, **factory)
+        self.head_norm = nn.Parameter(torch.empty(heads, self.value_dim, **factory))
+        if decay == "data":
+            self.dt = nn.Linear(dim, heads, **factory)
+        if decay in ("data", "learned"):
+            self.log_rate = no_weight_decay(nn.Parameter(torch.empty(heads, **factory)))
+        spent = sum(p.numel() for p in self.parameters())
+        self.key_dim = key_dim or default_key_dim(dim, heads, spent)
+        self.q = nn.Linear(dim, heads * self.key_dim, bias=False, **factory)
+        self.k = nn.Linear(dim, heads * self.key_dim, bias=False, **factory)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for layer in (self.q, self.k, self.v, self.g, self.u, self.proj):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                if layer.bias is not None:
+                    nn.init.ones_(layer.bias)  # the update gate starts open
+        if self.depth is not None:
+            self.proj.weight.mul_((2 * self.depth) ** -0.5)
+        self.conv.reset_parameters()
+        nn.init.ones_(self.head_norm)
+        if self.decay == "data":
+            # Mamba-2's ranges (arXiv:2405.21060): rates 1 to 16 times steps of 0.001 to 0.1, log-uniform, through
+            # softplus.
+            nn.init.normal_(self.dt.weight, std=0.1 * self.dim**-0.5)
+            step = torch.empty_like(self.dt.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+            self.dt.bias.copy_(step + torch.log(-torch.expm1(-step)))
+            nn.init.uniform_(self.log_rate, 1, 16)
+            self.log_rate.log_()
+        elif self.decay == "learned":
+            self.log_rate.copy_(fixed_log_decay(self.num_heads, device=self.log_rate.device).neg().log())
+
+    def log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """`[B, T, H]`, `[H]` or None; at most 0, in fp32 at least; 0 where the mask hides a token."""
+        if self.decay == "none":
+            return None
+        if self.decay == "fixed":
+            return fixed_log_decay(self.num_heads, device=x.device).to(precise(x[:0]).dtype)
+        if self.decay == "learned":
+            return -precise(self.log_rate).exp()
+        log_decay = -precise(self.log_rate).exp() * F.softplus(precise(self.dt(x)))
+        return log_decay if mask is None else log_decay * mask[..., None]
+
+    def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
+        if mask is not None:
+            x = x * mask[..., None]  # v is then 0 there too: SiLU(0 Wv) = 0
+        z = F.silu(self.conv(x, mask=mask, cache=cache, grid=grid))
+        seen = z if self.qk_from == "z" else x
+        q = self.phi(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)))
+        k = self.phi(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)))
+        v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
+        o = self.attend(q, k, v, self.log_decay(x, mask), cache)
+        y = F.rms_norm(o, (self.value_dim,), eps=1e-5) * self.head_norm.to(o.dtype)
+        y = y.flatten(-2)
+        if self.g is not None:
+            y = y * F.silu(self.g(z))
+        y = self.proj(y)
+        if self.u is None:
+            return y
+        update = torch.sigmoid(self.u(z))
+        return update * y + (1 - update) * x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return linear_attention(q, k, v, log_decay, causal=self.causal)[0]
+        if q.shape[1] == 1:
+            if log_decay is not None and log_decay.dim() == 3:
+                log_decay = log_decay[:, 0]
+            o, cache["state"] = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay)
+            return o[:, None]
+        o, cache["state"] = linear_attention(q, k, v, log_decay, initial_state=cache["state"], output_final_state=True)
+        return o
+
+    def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
+        """The convolution's history and the attention's state `[B, H, K, V]` (fp32, or fp64 for fp64)."""
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        cache = self.conv.init_cache(batch_size, device=device, dtype=dtype)
+        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        return cache | {"state": torch.zeros(shape, device=device, dtype=state)}
+
+    def reparameterize(self) -> Chela:
+        """Fold the convolution's branches, in place; for inference."""
+        self.conv.reparameterize()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, decay={self.decay}"
+
+
+def default_heads(dim: int) -> int:
+    """Heads of value width 128 (64 where the model is narrow), or the nearest number that divides dim."""
+    target = dim / 128 if dim >= 256 else max(dim / 64, 2)
+    return min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: (abs(n - target), n))
+
+
+def default_key_dim(dim: int, heads: int, spent: int) -> int:
+    """The key width that spends what is left of 4 D^2 parameters; a multiple of 16 where that stays within 1.9 %."""
+    exact = (4 * dim * dim - spent) / (2 * dim * heads)
+    aligned = max(round(exact / 16), 1) * 16
+    if abs(aligned - exact) * 2 * dim * heads <= 0.019 * 4 * dim * dim:
+        return aligned
+    return max(round(exact), min(16, dim // heads))
+
+
+def fixed_log_decay(heads: int, device=None) -> Tensor:
+    """RetNet's decays (arXiv:2307.08621, equation 8): log(1 - 2^(-5 - h))."""
+    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, device=device, dtype=torch.float32))))

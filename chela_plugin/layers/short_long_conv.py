@@ -1,0 +1,308 @@
+"""The short-long convolution of CHELA: N_l(X * k_long) + sum_i N_i(X * k_i), foldable into one convolution.
+
+Dim suffixes: B batch, T tokens, D channels, h x w the grid of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chela_plugin.kernels.long_conv import long_conv
+
+from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
+from .mixer import Cache
+
+
+class BranchNorm(nn.BatchNorm1d):
+    """BatchNorm over the tokens of `[B, T, D]`, skipping padding; folds into the branch's taps after training."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None or not self.training:
+            return super().forward(x.flatten(0, -2)).view_as(x)
+        return torch.zeros_like(x).masked_scatter(mask[..., None], super().forward(x[mask]))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What this norm is in eval mode: y = x * scale + shift, each `[D]`."""
+        assert self.running_var is not None and self.running_mean is not None
+        scale = precise(self.weight) * torch.rsqrt(precise(self.running_var) + self.eps)
+        return scale, precise(self.bias) - precise(self.running_mean) * scale
+
+
+class ShortLongConv(nn.Module):
+    """Depthwise short and long convolutions in parallel, each normalised, then summed (arXiv:2406.08128).
+
+    Args:
+        dim: channels D.
+        causal: one-sided kernels, or two-sided ones.
+        short: taps of the short kernels; odd when not causal. With `dims=2` they are k x k.
+        long: generator of the long kernel (`long_kernel.py`), or 'none'.
+        norm: `scale`, a learned scale for each channel and branch, which folds while training too and mixes nothing
+            over time; or `batch`, the paper's BatchNorm, which folds in eval mode.
+        long_gain: initial scale of the long branch against 1 for the short ones; a long branch that starts at full
+            strength hurt small language models (README, "How close to the paper").
+        dims: 1, or 2 for tokens on a grid: then the long kernel is a row kernel plus a column kernel, each as long as
+            the grid. No parameter depends on the grid's size.
+        group_size: this many neighbouring channels share one long kernel (their scales differ).
+        max_len: length of `explicit` kernels.
+
+    `reparameterize()` folds all branches into one kernel and one bias (`dims=2`: one k x k kernel, one row and one
+    column kernel, one bias, since no dense kernel of the grid's size is ever worth its cost).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool,
+        short: Sequence[int] = (3, 7),
+        long: str = "multiscale",
+        norm: str = "scale",
+        long_gain: float = 0.1,
+        dims: int = 1,
+        group_size: int = 16,
+        max_len: int = 1024,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if dims not in (1, 2):
+            raise ValueError(f"dims is 1 for sequences or 2 for images, got {dims}")
+        if dims == 2 and causal:
+            raise ValueError("a two-dimensional short-long convolution has no causal form; use dims=1")
+        if norm not in ("scale", "batch"):
+            raise ValueError(f"norm is 'scale' or 'batch', got {norm!r}")
+        if long != "none" and long not in LONG_KERNELS:
+            raise ValueError(f"long is one of {', '.join((*LONG_KERNELS, 'none'))}, got {long!r}")
+        if any(k < 1 for k in short) or not (short or long != "none"):
+            raise ValueError(
+                f"short kernels have at least one tap each, and there is at least one branch; got {tuple(short)}"
+            )
+        if not causal and any(k % 2 == 0 for k in short):
+            raise ValueError(f"two-sided short kernels have an odd number of taps, got {tuple(short)}")
+        factory = {"device": device, "dtype": dtype}
+        self.dim, self.causal, self.dims, self.norm = dim, causal, dims, norm
+        self.short, self.long, self.long_gain = tuple(short), long, long_gain
+        self.short_kernels = nn.ParameterList(
+            nn.Parameter(torch.empty(dim, *(k,) * dims, **factory)) for k in self.short
+        )
+        self.group_size = next(g for g in range(min(group_size, dim), 0, -1) if dim % g == 0)
+        # Filters of one group: causal 1; two-sided 2; rows and columns, two-sided, 4.
+        self.sides = 1 if causal else 2 * dims
+        # Of a grid, 8 (2^4 - 1) = 120 cells each way before the last scale repeats.
+        sizes = {"sub_taps": 8, "scales": 4} if (dims, long) == (2, "multiscale") else {}
+        rows = self.sides * dim // self.group_size
+        self.long_kernel: LongKernel | None = None
+        if long != "none":
+            self.long_kernel = create_long_kernel(long, rows, max_len=max_len, **sizes, **factory)
+        branches = len(self.short) + (long != "none")
+        if norm == "batch":
+            self.norms = nn.ModuleList(BranchNorm(dim, **factory) for _ in range(branches))
+        else:
+            self.scales = nn.Parameter(torch.empty(branches, dim, **factory))
+            self.bias = nn.Parameter(torch.empty(dim, **factory))
+        self.folded = False
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Short kernels start as plain depthwise convolutions do; the long branch starts at `long_gain`."""
+        for kernel in self.short_kernels:
+            nn.init.normal_(kernel, std=kernel[0].numel() ** -0.5)
+        if self.long_kernel is not None:
+            self.long_kernel.reset_parameters()
+        gains = [1.0] * len(self.short) + [self.long_gain] * (self.long != "none")
+        if self.norm == "batch":
+            for norm, gain in zip(self.branch_norms(), gains, strict=True):
+                norm.reset_parameters()
+                nn.init.constant_(norm.weight, gain)
+        else:
+            self.scales.copy_(torch.tensor(gains, device=self.scales.device)[:, None].expand_as(self.scales))
+            nn.init.zeros_(self.bias)
+
+    def branch_norms(self) -> list[BranchNorm]:
+        return [norm for norm in self.norms if isinstance(norm, BranchNorm)]
+
+    # The branches, folded --------------------------------------------------------------------------------------------
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Scales `[branches, D]` of all branches and their one bias `[D]`, as in eval mode."""
+        if self.norm == "scale":
+            return precise(self.scales), precise(self.bias)
+        scales, shifts = zip(*(norm.scale_and_shift() for norm in self.branch_norms()), strict=True)
+        return torch.stack(scales), torch.stack(shifts).sum(0)
+
+    def long_taps(self, length: int) -> Tensor:
+        """Taps of the long kernel before its norm: `[sides, D, length]`."""
+        assert self.long_kernel is not None
+        taps = self.long_kernel.taps(length).view(self.sides, -1, length)
+        return taps.repeat_interleave(self.group_size, dim=1)
+
+    def folded_short(self) -> Tensor:
+        """The short kernels under their scales, as one kernel: `[D, k]` or `[D, k, k]` with k the widest."""
+        if self.folded:
+            return precise(self.short_taps)
+        scales, _ = self.scale_and_shift()
+        widest = max(self.short, default=1)
+        total = scales.new_zeros(self.dim, *(widest,) * self.dims)
+        for kernel, scale in zip(self.short_kernels, scales, strict=False):
+            missing = widest - kernel.shape[-1]
+            pad = (0, missing) if self.causal else (missing // 2, missing // 2) * self.dims
+            total = total + F.pad(precise(kernel) * scale.view(-1, *(1,) * self.dims), pad)
+        return total
+
+    def folded_bias(self) -> Tensor:
+        return precise(self.bias) if self.folded else self.scale_and_shift()[1]
+
+    def folded_long(self, length: int) -> Tensor:
+        """The long kernel under its scale: `[sides, D, length]`."""
+        scale = precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1]
+        return self.long_taps(length) * scale[:, None]
+
+    def folded_taps(self, length: int) -> Tensor:
+        """All branches as one filter (`dims=1`): `[D, max(length, k)]`, or two-sided `[D, 2 max(...) - 1]`."""
+        short = self.folded_short()
+        if self.long == "none":
+            return short
+        reach = short.shape[-1] if self.causal else (short.shape[-1] + 1) // 2
+        length = max(length, reach)
+        long = self.folded_long(length)
+        if self.causal:
+            return long[0] + F.pad(short, (0, length - reach))
+        return two_sided(long[0], long[1]) + F.pad(short, (length - reach,) * 2)
+
+    @torch.no_grad()
+    def reparameterize(self) -> ShortLongConv:
+        """Fold every branch's norm and all short kernels into one kernel and bias, in place; for inference."""
+        if self.folded:
+            return self
+        if self.norm == "batch" and self.training:
+            raise RuntimeError("batch norms fold with their running statistics: call eval() before reparameterize()")
+        like = next(self.parameters())
+        short, bias = self.folded_short(), self.folded_bias()
+        if self.long != "none":
+            self.long_scale = nn.Parameter(self.scale_and_shift()[0][-1].to(like.dtype))
+        self.short_kernels = nn.ParameterList()
+        if self.norm == "batch":
+            del self.norms
+        else:
+            del self.scales, self.bias
+        self.short_taps = nn.Parameter(short.to(like.dtype))
+        self.bias = nn.Parameter(bias.to(like.dtype))
+        self.folded = True
+        return self
+
+    # The three forms -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`; x is zero where `mask` (bool `[B, T]`) is False, which `batch` must know of."""
+        if self.dims == 2 and grid is None:
+            raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")
+        if cache is not None:
+            return self.continued(x, cache)
+        if self.norm == "batch" and not self.folded and self.training:
+            branches = [self.branch(i, x, grid) for i in range(len(self.branch_norms()))]
+            return torch.stack([norm(y, mask) for norm, y in zip(self.branch_norms(), branches, strict=True)]).sum(0)
+        if self.dims == 2:
+            assert grid is not None
+            y = self.conv2d(x, self.folded_short(), grid) + self.folded_bias().to(x.dtype)
+            return y if self.long == "none" else y + self.cross(x, self.folded_long(max(grid)), grid)
+        return long_conv(x, self.folded_taps(x.shape[1]), self.folded_bias(), causal=self.causal)
+
+    def branch(self, i: int, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """Branch i before its norm."""
+        if i < len(self.short):
+            kernel = precise(self.short_kernels[i])
+            return self.conv2d(x, kernel, grid) if grid else long_conv(x, kernel, causal=self.causal)
+        if grid:
+            return self.cross(x, self.long_taps(max(grid)), grid)
+        taps = self.long_taps(x.shape[1])
+        return long_conv(x, taps[0] if self.causal else two_sided(taps[0], taps[1]), causal=self.causal)
+
+    def conv2d(self, x: Tensor, kernel: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """k x k depthwise convolution of the grid; kernel `[D, k, k]`."""
+        assert grid is not None
+        image = x.transpose(1, 2).unflatten(2, grid)
+        # F.conv2d correlates; kernels here convolve, as `long_conv` does.
+        weight = kernel.flip(1, 2).unsqueeze(1).to(x.dtype)
+        return F.conv2d(image, weight, padding=kernel.shape[-1] // 2, groups=self.dim).flatten(2).transpose(1, 2)
+
+    def cross(self, x: Tensor, taps: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Row kernel plus column kernel; taps `[4, D, length]`: right, left, down, up."""
+        h, w = grid
+        image = x.unflatten(1, grid)  # [B, h, w, D]
+        right, left, down, up = taps
+        rows = long_conv(image.flatten(0, 1), two_sided(right[:, :w], left[:, :w]), causal=False)
+        columns = image.transpose(1, 2).flatten(0, 1)  # [B w, h, D]
+        columns = long_conv(columns, two_sided(down[:, :h], up[:, :h]), causal=False)
+        return rows.reshape(x.shape) + columns.unflatten(0, (-1, w)).transpose(1, 2).reshape(x.shape)
+
+    def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
+        """An empty history. `modal` keeps its modes' state and the last k - 1 inputs; the others keep all inputs."""
+        cache = {"conv_inputs": torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)}
+        if isinstance(self.long_kernel, ModalKernel):
+            modes = self.long_kernel.log_time.shape[1]
+            double = dtype == torch.float64
+            cache["conv_modes"] = torch.zeros(
+                batch_size, self.dim, modes, device=device, dtype=torch.complex128 if double else torch.complex64
+            )
+        return cache
+
+    def continued(self, x: Tensor, cache: Cache) -> Tensor:
+        """The tokens of x after those in the cache; equal to the same rows of one long call."""
+        if self.norm == "batch" and self.training and not self.folded:
+            raise RuntimeError(
+                "a cache goes with eval mode: batch norms take statistics over all tokens while training"
+            )
+        tokens = x.shape[1]
+        inputs = torch.cat([cache["conv_inputs"].to(x.dtype), x], dim=1)  # [B, seen + T, D]
+        if not isinstance(self.long_kernel, ModalKernel):
+            taps = self.folded_taps(inputs.shape[1])
+            if self.long == "none":
+                cache["conv_inputs"] = inputs[:, max(inputs.shape[1] - taps.shape[1] + 1, 0) :]
+            else:
+                cache["conv_inputs"] = inputs
+            return tail_conv(inputs, taps, tokens) + self.folded_bias().to(x.dtype)
+        short = self.folded_short()
+        y = tail_conv(inputs, short, tokens) + self.folded_bias().to(x.dtype)
+        cache["conv_inputs"] = inputs[:, max(inputs.shape[1] - short.shape[1] + 1, 0) :]
+        scale = precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1]
+        modal = self.long_kernel
+        state = cache["conv_modes"]  # [B, D, modes]: sum over seen inputs of p^(distance to the last one) x
+        powers = modal.powers(torch.arange(tokens + 1, device=x.device)).repeat_interleave(self.group_size, dim=0)
+        residues = modal.residues().repeat_interleave(self.group_size, dim=0)  # [D, modes]
+        wide = precise(x)
+        carried = torch.einsum("bdm,dm,dmt->btd", state, residues, powers[..., 1:]).real
+        within = wide * self.long_taps(1)[0, :, 0] if tokens == 1 else long_conv(wide, self.long_taps(tokens)[0])
+        cache["conv_modes"] = state * powers[..., -1] + torch.einsum(
+            "btd,dmt->bdm", wide.to(powers.dtype), powers[..., :-1].flip(-1)
+        )
+        return y + ((carried + within) * scale).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        names = ("causal", "short", "long", "norm", "dims")
+        return f"{self.dim}, " + ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def two_sided(ahead: Tensor, behind: Tensor) -> Tensor:
+    """One-sided taps `[D, L]` each way to `[D, 2L - 1]`; lag 0 is `ahead`'s, so `behind`'s first tap is unused."""
+    return torch.cat([behind[:, 1:].flip(-1), ahead], dim=-1)
+
+
+def tail_conv(inputs: Tensor, taps: Tensor, tokens: int) -> Tensor:
+    """The last `tokens` outputs of the causal convolution of `inputs` `[B, S, D]` with taps `[D, L]`."""
+    if tokens == 1:
+        window = inputs[:, max(inputs.shape[1] - taps.shape[1], 0) :]
+        kernel = taps[:, : window.shape[1]].flip(-1).to(torch.promote_types(taps.dtype, window.dtype))
+        return torch.einsum("bsd,ds->bd", window.to(kernel.dtype), kernel)[:, None].to(inputs.dtype)
+    return long_conv(inputs, taps)[:, -tokens:]

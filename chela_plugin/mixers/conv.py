@@ -1,0 +1,83 @@
+"""`conv`: the short-long convolution alone, between a projection, a gate and an output projection."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chela_plugin.layers import Cache, Mixer, ShortLongConv
+
+
+class Conv(Mixer):
+    """Y = (SiLU(S(X Wi)) * SiLU(X Wg)) Wo with S the short-long convolution; what CHELA is without its attention.
+
+    Args:
+        dim: channels D.
+        expand: inner width over D; 4/3 gives softmax attention's 4 D^2 parameters.
+        short, long, norm, long_gain, dims, max_len: see `layers.ShortLongConv`; norm None chooses as CHELA does.
+        depth: number of blocks of the host; scales the output projection's initial weights by (2 depth)^-0.5.
+        layer_idx: accepted because every mixer factory takes it; all layers are alike here.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool,
+        depth: int | None = None,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+        expand: float = 4 / 3,
+        short: tuple[int, ...] = (3, 7),
+        long: Literal["multiscale", "explicit", "modal", "implicit", "none"] = "multiscale",
+        norm: Literal["scale", "batch"] | None = None,
+        long_gain: float = 0.1,
+        dims: Literal[1, 2] = 1,
+        max_len: int = 1024,
+    ):
+        super().__init__(dim, causal=causal)
+        factory = {"device": device, "dtype": dtype}
+        self.depth = depth
+        self.uses_grid = dims == 2
+        inner = max(round(expand * dim / 8), 1) * 8
+        self.wi = nn.Linear(dim, inner, bias=False, **factory)
+        self.wg = nn.Linear(dim, inner, bias=False, **factory)
+        self.conv = ShortLongConv(
+            inner,
+            causal=causal,
+            short=short,
+            long=long,
+            norm=norm or ("scale" if causal else "batch"),
+            long_gain=long_gain,
+            dims=dims,
+            max_len=max_len,
+            **factory,
+        )
+        self.proj = nn.Linear(inner, dim, bias=False, **factory)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for layer in (self.wi, self.wg, self.proj):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if self.depth is not None:
+            self.proj.weight.mul_((2 * self.depth) ** -0.5)
+        self.conv.reset_parameters()
+
+    def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
+        if mask is not None:
+            x = x * mask[..., None]
+        z = F.silu(self.conv(self.wi(x), mask=mask, cache=cache, grid=grid))
+        return self.proj(z * F.silu(self.wg(x)))
+
+    def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
+        return self.conv.init_cache(batch_size, device=device, dtype=dtype)
+
+    def reparameterize(self) -> Conv:
+        """Fold the convolution's branches, in place; for inference."""
+        self.conv.reparameterize()
+        return self

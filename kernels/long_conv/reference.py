@@ -1,0 +1,69 @@
+"""Depthwise long convolution in plain PyTorch: the definition, and the same sum through an FFT.
+
+    causal:     y[b, t, d] = bias[d] + sum_{j = 0}^{L-1} taps[d, j] x[b, t - j, d]
+    two-sided:  y[b, t, d] = bias[d] + sum_{j = -(L-1)}^{L-1} taps[d, L - 1 + j] x[b, t - j, d]
+
+with x zero outside 0..T-1. `direct` is the definition: a Toeplitz matrix per channel times the sequence, O(T^2), exact
+in every dtype and without influence of the future, bit for bit. `fft` is the same sum in O(T log T); it pads to at
+least T + L - 1 points, so that nothing wraps around, and is causal up to its own rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Up to this many tokens the Toeplitz product is taken. One CPU core, fp32, forward and backward: for rows of images
+# (batch 64 to 512, T = 8 to 64) it is 1.4 to 4 times faster than the FFT, at batch 8 it loses from T = 16 on (9 times
+# at 128).
+DIRECT_MAX_TOKENS = 64
+
+
+def lag_window(taps: Tensor, tokens: int, *, causal: bool) -> Tensor:
+    """The taps at lags -(T-1) .. T-1, zero where there are none: `[D, 2T - 1]`."""
+    last = taps.shape[-1] - 1 if causal else (taps.shape[-1] - 1) // 2
+    first = 0 if causal else -last
+    low, high = max(first, 1 - tokens), min(last, tokens - 1)
+    kept = taps[:, low - first : high - first + 1]
+    return torch.nn.functional.pad(kept, (low + tokens - 1, tokens - 1 - high))
+
+
+def direct(x: Tensor, taps: Tensor, *, causal: bool) -> Tensor:
+    """The definition, by one Toeplitz matrix a channel. x `[B, T, D]`, taps `[D, L]` or `[D, 2L - 1]`; same dtypes."""
+    tokens = x.shape[1]
+    window = lag_window(taps, tokens, causal=causal)  # [D, 2T-1], lag j at column T-1+j
+    # Row i, column s of the Toeplitz matrix holds lag i - s: windows of the reversed taps, last window first.
+    toeplitz = window.flip(-1).unfold(-1, tokens, 1).flip(1)
+    return torch.bmm(toeplitz, x.permute(2, 1, 0)).permute(2, 1, 0)
+
+
+def fft(x: Tensor, taps: Tensor, *, causal: bool) -> Tensor:
+    """The same sum through a real FFT. x `[B, T, D]`, taps `[D, L]` or `[D, 2L - 1]`; fp32 or fp64."""
+    tokens = x.shape[1]
+    if causal:
+        taps = taps[:, :tokens]
+        behind = 0
+    else:
+        taps = lag_window(taps, tokens, causal=False)
+        behind = tokens - 1  # lag 0 stands there
+    points = fast_length(tokens + taps.shape[-1] - 1)
+    x_f = torch.fft.rfft(x.transpose(1, 2), n=points)
+    y = torch.fft.irfft(x_f * torch.fft.rfft(taps, n=points), n=points)
+    return y[..., behind : behind + tokens].transpose(1, 2)
+
+
+def fast_length(points: int) -> int:
+    """The smallest n >= points of the form 2^a, 3 * 2^a or 5 * 2^a, which FFT libraries are quick at."""
+    power = 1 << max(points - 1, 0).bit_length()
+    return min(n for n in (power, power // 4 * 3, power // 8 * 5) if n >= points)
+
+
+def long_conv_reference(x: Tensor, taps: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
+    """`direct` for short sequences and `fft` for long ones; fp32 inside (fp64 for fp64), x's dtype outside."""
+    inner = torch.float64 if x.dtype == torch.float64 else torch.float32
+    form = direct if x.shape[1] <= DIRECT_MAX_TOKENS else fft
+    with torch.autocast(x.device.type, enabled=False):
+        y = form(x.to(inner), taps.to(inner), causal=causal)
+        if bias is not None:
+            y = y + bias.to(inner)
+    return y.to(x.dtype)
