@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ def create_mixer(
     causal: bool,
     depth: int | None = None,
     layer_idx: int | None = None,
+    dims: int = 1,
     device: Device | str | None = None,
     dtype: Dtype | None = None,
 ) -> nn.Module:
@@ -32,6 +34,8 @@ def create_mixer(
         dim: channels.
         causal: whether token t may see only tokens up to t. Never guessed: a language model says True, vision False.
         depth, layer_idx: number of blocks in the host and this block's place, for mixers whose initialisation asks.
+        dims: 2 where the host's tokens lie on a grid. It reaches only a factory with an option of that name, so that a
+            mixer with a two-dimensional form takes it in an image; `chela(dims=1)` in the spec goes before.
         device, dtype: as for any torch module.
 
     Raises:
@@ -45,10 +49,11 @@ def create_mixer(
     if spec.name == NATIVE:
         raise MixerSpecError("'native' is the host model's own mixer; only a host can build it", str(spec), 0)
     factory = load(spec.name)
+    options = dict(spec.options)
+    if dims != 1 and "dims" in inspect.signature(factory).parameters:
+        options.setdefault("dims", dims)
     try:
-        mixer = factory(
-            dim, causal=causal, depth=depth, layer_idx=layer_idx, device=device, dtype=dtype, **spec.options
-        )
+        mixer = factory(dim, causal=causal, depth=depth, layer_idx=layer_idx, device=device, dtype=dtype, **options)
     except MixerSpecError:
         raise
     except ValueError as error:

@@ -46,7 +46,7 @@ class ChelaViTBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **dd)
-        self.mixer = create_mixer(mixers[depth], dim, causal=False, depth=len(mixers), layer_idx=depth, **dd)
+        self.mixer = create_mixer(mixers[depth], dim, causal=False, depth=len(mixers), layer_idx=depth, dims=2, **dd)
         self.uses_grid = getattr(self.mixer, "uses_grid", False)
         self.ls1 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
