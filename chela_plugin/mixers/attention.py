@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.mixers.heads import divide
+from chela_plugin.mixers.projections import reset_projections
 from chela_plugin.mixers.rope import rotate
 
 
@@ -25,20 +26,22 @@ class Attention(Mixer):
         causal: bool,
         num_heads: int,
         rope: bool,
+        depth: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(dim, causal=causal)
-        self.num_heads, self.head_dim, self.rope = num_heads, dim // num_heads, rope
+        self.num_heads, self.head_dim, self.rope, self.depth = num_heads, dim // num_heads, rope, depth
         if rope and self.head_dim % 2:
             raise ValueError(
                 f"attention: rope turns pairs of channels, head_dim={self.head_dim} is odd; use rope=False"
             )
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All weights are the projections' own."""
+        reset_projections(self.qkv, output=self.proj, depth=self.depth)
 
     def path(self, device: torch.device | str) -> str:
         return "sdpa"
@@ -119,4 +122,4 @@ def attention(
     widths = (64, 32, 16, 8) if dim >= 128 else (32, 16, 8)
     heads = divide("attention", dim, num_heads, head_dim, widths)
     rope = causal if rope is None else rope
-    return Attention(dim, causal=causal, num_heads=heads, rope=rope, device=device, dtype=dtype)
+    return Attention(dim, causal=causal, num_heads=heads, rope=rope, depth=depth, device=device, dtype=dtype)

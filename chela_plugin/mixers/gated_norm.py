@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,8 @@ class GatedRMSNorm(nn.Module):
     Args:
         groups: how many groups are normalised apart.
         width: channels of each group; x and gate are `[..., groups * width]`.
-        shared: one weight of `width` for all groups (GLA, Gated DeltaNet); else one for every channel (Mamba-2).
+        weight: 'shared', one of `width` for all groups (GLA, Gated DeltaNet); 'each', one for every channel (Mamba-2);
+            None, no weight (RetNet).
         gate_first: gate before normalising.
 
     Computed in fp32 at least; returns the gate's dtype.
@@ -24,7 +27,7 @@ class GatedRMSNorm(nn.Module):
         groups: int,
         width: int,
         *,
-        shared: bool,
+        weight: Literal["shared", "each"] | None,
         gate_first: bool = False,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
@@ -32,11 +35,13 @@ class GatedRMSNorm(nn.Module):
     ):
         super().__init__()
         self.groups, self.width, self.gate_first, self.eps = groups, width, gate_first, eps
-        self.weight = nn.Parameter(torch.empty(1 if shared else groups, width, device=device, dtype=dtype))
+        shape = (1 if weight == "shared" else groups, width)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if weight else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -45,7 +50,9 @@ class GatedRMSNorm(nn.Module):
         y = x.to(dtype).view(heads)
         if self.gate_first:
             y = y * swish
-        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight.to(dtype)
+        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        if self.weight is not None:
+            y = y * self.weight.to(dtype)
         if not self.gate_first:
             y = y * swish
         return y.flatten(-2).to(gate.dtype)

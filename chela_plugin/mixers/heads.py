@@ -40,5 +40,15 @@ def heads_at_least(width: int, narrowest: int, most: int) -> int:
     return max([n for n in range(1, most + 1) if width % n == 0 and width // n >= narrowest], default=1)
 
 
+def expanded(mixer: str, dim: int, factor: float, option: str) -> int:
+    """`factor * dim` channels. Raises ValueError unless that is a whole positive number."""
+    width = dim * factor
+    if width < 1 or width != int(width):
+        raise ValueError(
+            f"{mixer}: {option}={factor} of {dim} channels makes {width:g}, not a whole number of channels"
+        )
+    return int(width)
+
+
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

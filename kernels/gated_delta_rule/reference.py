@@ -4,8 +4,8 @@
 
 (Gated DeltaNet, arXiv:2412.06464, equation 10, with the state transposed to `[K, V]`.) Each token writes what its key
 did not yet return: with `u_t = beta_t (v_t - exp(g_t) S_(t-1)^T k_t)` the state is
-`S_t = exp(g_t) S_(t-1) + k_t u_t^T`, plain linear attention over u. Inside a chunk that starts at S_0, with `D_ts = exp(g_(s+1) + ... + g_t)` and
-`D_t0 = exp(g_1 + ... + g_t)`,
+`S_t = exp(g_t) S_(t-1) + k_t u_t^T`, plain linear attention over u. Inside a chunk that starts at S_0, with
+`D_ts = exp(g_(s+1) + ... + g_t)` and `D_t0 = exp(g_1 + ... + g_t)`,
 
     u_t = beta_t v_t - beta_t D_t0 S_0^T k_t - sum_(s<t) beta_t D_ts (k_t . k_s) u_s
 

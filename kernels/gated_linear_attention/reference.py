@@ -3,8 +3,8 @@
     S_t = Diag(exp(g_t)) S_(t-1) + k_t v_t^T        o_t = scale * S_t^T q_t         (GLA, arXiv:2312.06635, eq. 3 and 4)
 
 with `g <= 0`. Unrolled, `o_t = scale * sum_(s<=t) (sum_c q_tc k_sc exp(g_(s+1)c + ... + g_tc)) v_s`: the score of a
-pair needs the decay *between* its two tokens, channel by channel. Writing it as `(q exp(G)) . (k exp(-G))` overflows, and a
-`[chunk, chunk, K]` table of differences is slow and loses digits where G is large. The chunked form halves instead:
+pair needs the decay *between* its two tokens, channel by channel. Writing it as `(q exp(G)) . (k exp(-G))` overflows,
+and a `[chunk, chunk, K]` table of differences is slow and loses digits where G is large. So the chunked form halves:
 
     +-------+         a block's lower half looks at its upper half through the line between the two: queries decay
     | M   0 |         from the line down to themselves (F), keys from themselves to the line (R). Both exponents are

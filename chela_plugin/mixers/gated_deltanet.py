@@ -1,0 +1,140 @@
+"""Gated DeltaNet (arXiv:2412.06464)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chela_plugin.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from chela_plugin.layers.causal_conv import CausalConv
+from chela_plugin.layers.long_kernel import no_weight_decay
+from chela_plugin.layers.mixer import Cache
+from chela_plugin.mixers.gated_norm import GatedRMSNorm
+from chela_plugin.mixers.heads import divide, expanded, heads_at_least
+from chela_plugin.mixers.linear_attention import empty_state
+from chela_plugin.mixers.projections import log_uniform_step_bias, reset_projections
+from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
+
+
+class GatedDeltaNet(RecurrentMixer):
+    """Gated DeltaNet (figure 1, right): a state that is corrected, not only added to, and forgets as a whole.
+
+    `S_t = alpha_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T` (equation 10) with q, k, v each through a
+    projection, a causal convolution of 4 taps and SiLU, q and k of unit length; `beta = sigmoid(X Wb)`,
+    `log alpha = -exp(A) softplus(X Wa + b)` as in Mamba-2; `Y = (RMSNorm_head(S_t^T q_t / sqrt(K)) * SiLU(X Wg)) Wo`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        taps: int,
+        depth: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, causal=causal, name="gated_deltanet")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        keys, values = num_heads * key_dim, num_heads * value_dim
+        self.num_heads, self.key_dim, self.value_dim, self.depth = num_heads, key_dim, value_dim, depth
+        self.qkv = nn.Linear(dim, 2 * keys + values, bias=False, **factory)
+        self.conv = CausalConv(2 * keys + values, taps, bias=False, **factory)
+        self.beta = nn.Linear(dim, num_heads, bias=False, **factory)
+        self.alpha = nn.Linear(dim, num_heads, bias=False, **factory)
+        self.log_rate = no_weight_decay(nn.Parameter(torch.empty(num_heads, **factory)))
+        self.step_bias = no_weight_decay(nn.Parameter(torch.empty(num_heads, **factory)))
+        self.g = nn.Linear(dim, values, bias=False, **factory)
+        self.norm = GatedRMSNorm(num_heads, value_dim, weight="shared", **factory)
+        self.proj = nn.Linear(values, dim, bias=False, **factory)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        reset_projections(self.qkv, self.beta, self.alpha, self.g, output=self.proj, depth=self.depth)
+        self.conv.reset_parameters()
+        self.norm.reset_parameters()
+        self.log_rate.uniform_(1, 16).log_()  # as in Mamba-2, arXiv:2405.21060; the published code starts at 0
+        log_uniform_step_bias(self.step_bias)
+
+    def init_cache(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        return {
+            "conv": self.conv.init_state(batch_size, device=device, dtype=dtype),
+            "state": empty_state(self.proj.weight, shape, device, dtype),
+        }
+
+    def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
+        qkv, seen = self.conv(self.qkv(x), None if cache is None else cache["conv"], length)
+        keys = self.num_heads * self.key_dim
+        q, k, v = F.silu(qkv).split((keys, keys, self.num_heads * self.value_dim), dim=-1)
+        q = F.normalize(q.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1)
+        k = F.normalize(k.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1)
+        v = v.unflatten(-1, (self.num_heads, self.value_dim))
+        precise = torch.promote_types(x.dtype, torch.float32)
+        beta = self.beta(x).to(precise).sigmoid()
+        step = F.softplus(self.alpha(x).to(precise) + self.step_bias.to(precise))
+        log_decay = -self.log_rate.to(precise).exp() * step
+        if cache is None:
+            o = gated_delta_rule(q, k, v, beta, log_decay)[0]
+        elif x.shape[1] == 1 and length is None:
+            parts = (part[:, 0] for part in (q, k, v))
+            o, cache["state"] = gated_delta_rule_step(*parts, cache["state"], beta[:, 0], log_decay[:, 0])
+            o = o[:, None]
+        else:
+            beta, log_decay = clear_padding(beta, length), clear_padding(log_decay, length)
+            o, final = gated_delta_rule(q, k, v, beta, log_decay, initial_state=cache["state"], output_final_state=True)
+            if final is not None:
+                cache["state"] = final
+        if cache is not None:
+            cache["conv"] = seen
+        return self.proj(self.norm(o.flatten(-2), self.g(x)))
+
+
+def gated_deltanet(
+    dim: int,
+    *,
+    causal: bool,
+    depth: int | None = None,
+    layer_idx: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    num_heads: int | None = None,
+    expand_k: float = 0.5,
+    expand_v: float = 1.0,
+    taps: int = 4,
+) -> GatedDeltaNet:
+    """Gated DeltaNet (arXiv:2412.06464); causal.
+
+    Args:
+        num_heads: by default as many as leave a head's keys at least 64 wide.
+        expand_k, expand_v: key and value channels over `dim`. The defaults make about 4 C^2 parameters; the paper's
+            layer is 0.75 and 1.5, about 6 C^2.
+        taps: of the short convolutions of q, k and v.
+    """
+    name = "gated_deltanet"
+    keys, values = expanded(name, dim, expand_k, "expand_k"), expanded(name, dim, expand_v, "expand_v")
+    heads = heads_at_least(math.gcd(keys, values), max(64 * math.gcd(keys, values) // keys, 1), most=dim)
+    heads = heads if num_heads is None else num_heads
+    divide(name, keys, heads, None, ())
+    divide(name, values, heads, None, ())
+    return GatedDeltaNet(
+        dim,
+        causal=causal,
+        num_heads=heads,
+        key_dim=keys // heads,
+        value_dim=values // heads,
+        taps=taps,
+        depth=depth,
+        device=device,
+        dtype=dtype,
+    )

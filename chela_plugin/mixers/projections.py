@@ -1,0 +1,33 @@
+"""How the attention-like mixers start: one scheme for all of them, so that comparisons don't measure it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def reset_projections(*inner: nn.Linear, output: nn.Linear, depth: int | None) -> None:
+    """Normal weights of variance `1 / in_features`, the output's scaled by `(2 depth)^-0.5` (GPT-2's residual scaling).
+
+    The same as in `layers.Chela`. `depth` is the host's number of blocks, None where it isn't known. Biases are zero.
+    """
+    for linear in (*inner, output):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    if depth is not None:
+        output.weight.mul_((2 * depth) ** -0.5)
+
+
+@torch.no_grad()
+def log_uniform_step_bias(bias: Tensor, smallest: float = 0.001, largest: float = 0.1, floor: float = 1e-4) -> None:
+    """Fill `bias` so that `softplus(bias)` is log-uniform between `smallest` and `largest`.
+
+    The step sizes of Mamba (arXiv:2312.00752, section 3.6) and, unchanged, Mamba-2 and Gated DeltaNet.
+    """
+    step = torch.empty_like(bias, dtype=torch.float32)
+    step.uniform_(math.log(smallest), math.log(largest)).exp_().clamp_(min=floor)
+    bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
