@@ -1,0 +1,51 @@
+# Two commands from a bare clone: `make demo` and `make test`. Each installs what it needs into .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT ?= runs/demo
+
+.PHONY: demo test lint test-gpu wheel install clean
+.DEFAULT_GOAL := test
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[lm,harness,dev]'
+	touch $@
+
+# Two ablations on real data, about eight minutes on two cores; start it again and it goes on where it was.
+demo: $(INSTALLED)
+	$(BIN)/chela ablate digits bytes --out $(OUT)
+
+# The Triton kernels' own tests run here under the interpreter; with a GPU there is test-gpu.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not gpu'
+
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu tests/gpu
+
+# import-linter sees the package as users get it, so it looks at an installed copy.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	rm -rf build/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
+	cd build/installed && $(abspath $(BIN))/lint-imports --config ../../pyproject.toml --no-cache
+
+# What a user gets: the wheel alone in a clean venv, without the checkout.
+wheel: $(INSTALLED)
+	rm -rf dist build/clean
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --upgrade pip
+	build/clean/bin/python -m pip install --quiet dist/*.whl
+	cd build/clean && bin/python -c "import timm; model = timm.create_model('chela_vit_small'); print(type(model).__module__, sum(p.numel() for p in model.parameters()))"
+	cd build/clean && bin/chela mixers
+	rm -rf build/clean
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
