@@ -135,10 +135,10 @@ def wake() -> None:
 def under_way(host: str) -> list[ModuleSpec]:
     """Specs of what must still be executed: torch, and the host's modules other than `host` and its parents."""
     root = host.partition(".")[0] + "."
-    specs = []
+    specs: list[ModuleSpec] = []
     for name, module in list(sys.modules.items()):
         if name == "torch" or (name.startswith(root) and not f"{host}.".startswith(f"{name}.")):
-            spec = getattr(module, "__spec__", None)
+            spec: Any = getattr(module, "__spec__", None)
             if getattr(spec, "_initializing", False):
                 specs.append(spec)
     return specs
