@@ -65,7 +65,7 @@ class GatedLinearAttention(RecurrentMixer):
         self.norm.reset_parameters()
 
     def path(self, device: torch.device | str) -> str:
-        return "torch" if self.decay == "channel" else kernel.backend(device, self.proj.weight.dtype)
+        return "reference" if self.decay == "channel" else kernel.backend(device, self.proj.weight.dtype)
 
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

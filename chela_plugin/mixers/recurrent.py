@@ -21,6 +21,9 @@ class RecurrentMixer(Mixer):
             raise ValueError(f"{name} only looks back; for a bidirectional model use bidirectional({name})")
         super().__init__(dim, causal=True)
 
+    def path(self, device: torch.device | str) -> str:
+        return "reference"
+
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
         """Mix `x` `[B, T, C]`, of which the first `length[b]` tokens are real (all when None); continue `cache`."""
         raise NotImplementedError
