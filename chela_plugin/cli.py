@@ -76,7 +76,8 @@ def ablate(
         again = " ".join(["chela ablate", *files, *(["--out", str(out)] if out else [])])
         _say(f"stopped; all progress is in {folder}. To go on, give the same command again:\n  {again}")
         raise typer.Exit(128 + stopped_by)
-    _report(folder)
+    if _report(folder):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -108,7 +109,8 @@ def report(
         raise typer.Exit(1)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path) -> bool:
+    """Write and show a report; returns whether a run in it has no result."""
     from chela_plugin.harness.report import write_report
 
     written = write_report(folder)
@@ -128,6 +130,7 @@ def _report(folder: Path) -> None:
     _say(f"table   {written.markdown}")
     _say(f"curves  {written.curves}")
     _say(f"page    {written.page}")
+    return any(table.notes for table in written.tables)
 
 
 def _say(text: str) -> None:
@@ -147,3 +150,7 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

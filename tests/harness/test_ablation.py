@@ -1,0 +1,180 @@
+"""A whole ablation: equal terms, one reading of the test split, no run done twice, no failure that stops the others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from chela_plugin.harness import ablation
+from chela_plugin.harness.config import ConfigError, load_ablation
+from chela_plugin.harness.results import read_records
+from chela_plugin.registry import register_mixer
+
+
+@pytest.fixture
+def ablate(tmp_path, quiet):
+    def run(path, out="out", overrides=()):
+        name, config = load_ablation(path, overrides)
+        assert ablation.run_ablations({name: config}, tmp_path / out, quiet) is None
+        return read_records(tmp_path / out / "results.jsonl")[0]
+
+    return run
+
+
+def of_kind(records, kind):
+    return [r for r in records if r["record"] == kind]
+
+
+def broken(dim, *, causal, depth=None, layer_idx=None, device=None, dtype=None):
+    """Builds, and fails as soon as it is used."""
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(dim))
+
+        def forward(self, x, **_):
+            raise RuntimeError("no such kernel")
+
+        def reset_parameters(self): ...
+
+    return Broken()
+
+
+def test_every_run_of_a_task_has_equal_terms(tiny, ablate):
+    runs = of_kind(ablate(tiny(mixers=["identity", "attention", "attention + identity"], backbone__depth=2)), "run")
+    assert [r["status"] for r in runs] == ["finished"] * 3, [r.get("reason") for r in runs]
+    assert all(abs(r["parameter_ratio"] - 1) <= 0.02 for r in runs)
+    for key in ("data", "steps", "tokens", "learning_rate", "seed", "versions", "device"):
+        assert len({json.dumps(r[key]) for r in runs}) == 1, key
+    assert all(len(r["history"]["step"]) == 2 for r in runs)
+
+
+def test_mixers_see_the_same_batches_in_the_same_order(tiny, ablate, monkeypatch):
+    seen: dict[int, list] = {}
+    monkeypatch.setattr(ablation, "augment", lambda task, inputs, generator: seen_by(inputs))
+    runs = iter(range(100))
+
+    def seen_by(inputs):
+        seen[current[0]].append(inputs.clone())
+        return inputs
+
+    current = [0]
+    train = ablation.training.run
+
+    def count(*args, **kwargs):
+        current[0] = next(runs)
+        seen[current[0]] = []
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(ablation.training, "run", count)
+    ablate(tiny())
+    assert len(seen) == 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+
+
+def test_the_test_split_is_read_after_all_training_and_once_for_each_seed(tiny, ablate, monkeypatch):
+    asked = []
+    real = ablation.examples
+    monkeypatch.setattr(ablation, "examples", lambda task, split: asked.append(split) or real(task, split))
+    path = tiny(learning_rates=[0.01, 0.0001], seeds=[0, 1])
+    records = ablate(path)
+    kinds = [r["record"] for r in records]
+    assert kinds == ["run"] * 8 + ["test"] * 4
+    assert asked.index("test") == len(asked) - 1  # one reading, cached, after everything else was read
+    for mixer in ("identity", "attention"):
+        runs = [r for r in of_kind(records, "run") if r["mixer"] == mixer]
+        chosen = {r["learning_rate"] for r in of_kind(records, "test") if r["mixer"] == mixer}
+        assert chosen == {ablation.choose_learning_rate(runs)}
+    asked.clear()
+    assert ablate(path) == records
+    assert "test" not in asked
+
+
+def test_the_learning_rate_is_chosen_by_mean_validation_and_missing_seeds_count_against_it():
+    def run(rate, seed, validation, metric="accuracy"):
+        return {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": 1.0, "metric": metric}
+
+    runs = [run(1, 0, 0.9), run(1, 1, 0.7), run(2, 0, 0.81), run(2, 1, 0.82), run(3, 0, 0.99)]
+    assert ablation.choose_learning_rate(runs) == 2
+    assert ablation.choose_learning_rate([run(1, 0, 1.2, "bits_per_byte"), run(2, 0, 1.3, "bits_per_byte")]) == 1
+
+
+def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(tiny, ablate):
+    register_mixer("broken", broken)
+    path = tiny(mixers=["broken", "attention", "mamba2_of_nobody"])
+    with pytest.raises(ConfigError, match="mamba2_of_nobody"):
+        ablate(path)
+    records = ablate(tiny(mixers=["broken", "attention"]))
+    first, second = of_kind(records, "run")
+    assert (first["status"], first["reason"]) == ("failed", "RuntimeError: no such kernel")
+    assert second["status"] == "finished"
+    assert [r["mixer"] for r in of_kind(records, "test")] == ["attention"]
+
+
+def test_a_mixer_that_can_not_be_matched_is_an_error_in_its_row(tiny, ablate):
+    records = ablate(tiny(baseline="identity", backbone__mlp_hidden=4))
+    failed = [r for r in of_kind(records, "run") if r["status"] == "failed"]
+    assert [r["mixer"] for r in failed] == ["attention"]
+    assert "UnmatchedParameters" in failed[0]["reason"]
+
+
+def test_a_finished_run_is_never_done_twice_and_a_failed_one_is_tried_again(tiny, ablate, monkeypatch):
+    register_mixer("broken", broken)
+    path = tiny(mixers=["broken", "attention"])
+    before = of_kind(ablate(path), "run")
+    after = of_kind(ablate(path), "run")
+    assert after[:2] == before
+    assert [r["mixer"] for r in after[2:]] == ["broken"]
+
+
+def test_a_run_whose_record_was_half_written_is_done_again_with_the_same_result(tiny, ablate, tmp_path, comparable):
+    path = tiny()
+    records = ablate(path)
+    log = tmp_path / "out" / "results.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0] + lines[1][:50])
+    again = ablate(path)
+    assert again[0] == records[0]
+    assert [comparable(r) for r in again] == [comparable(r) for r in records]
+
+
+def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, ablate, tmp_path, comparable):
+    path = tiny(training__steps=40, training__evaluate_every=20, checkpoint_seconds=0)
+    whole = ablate(path, "whole")
+    out = tmp_path / "parts"
+    command = [sys.executable, "-m", "chela_plugin.cli", "ablate", str(path), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def start_and(send: signal.Signals) -> subprocess.CompletedProcess:
+        seen = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/run.safetensors")}
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not any(p.stat().st_mtime_ns != seen.get(p) for p in list(out.glob("cells/*/run.safetensors"))):
+            assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+            time.sleep(0.01)
+        child.send_signal(send)
+        stdout, stderr = child.communicate(timeout=60)
+        return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+
+    interrupted = start_and(signal.SIGINT)
+    assert interrupted.returncode == 130, interrupted.stderr
+    assert f"chela ablate {path} --out {out}" in interrupted.stdout
+    assert start_and(signal.SIGKILL).returncode == -signal.SIGKILL
+    parts = ablate(path, "parts")
+    assert [comparable(r) for r in parts] == [comparable(r) for r in whole]
+    for best in Path(tmp_path / "whole").glob("cells/*/best.safetensors"):
+        assert best.read_bytes() == (out / best.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_no_file_of_a_results_folder_is_a_pickle(tiny, ablate, tmp_path):
+    ablate(tiny())
+    suffixes = {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file() and "tfevents" not in p.name}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ""}
