@@ -43,13 +43,13 @@ class Bidirectional(Mixer):
         return "torch" if path is None else path(device)
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
-        flipped, flipped_mask = x.flip(1), None if mask is None else mask.flip(1)
+        back_x, back_mask = x.flip(1), None if mask is None else mask.flip(1)
         if len(self.mixers) == 1:
-            both_mask = None if mask is None else torch.cat((mask, mask.flip(1)))
-            ahead, back = self.mixers[0](torch.cat((x, flipped)), attention_mask=both_mask).chunk(2)
+            masks = None if mask is None or back_mask is None else torch.cat((mask, back_mask))
+            ahead, back = self.mixers[0](torch.cat((x, back_x)), attention_mask=masks).chunk(2)
         else:
             ahead = self.mixers[0](x, attention_mask=mask)
-            back = self.mixers[1](flipped, attention_mask=flipped_mask)
+            back = self.mixers[1](back_x, attention_mask=back_mask)
         weight = self.weight.to(ahead.dtype)
         return weight[0] * ahead + weight[1] * back.flip(1)
 
