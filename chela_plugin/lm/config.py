@@ -1,12 +1,12 @@
 """ChelaConfig: sizes of the language model and the string that names its mixers."""
 
-from __future__ import annotations
-
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from chela_plugin.registry import MixerSpec, parse_pattern
 
 
+@strict
 class ChelaConfig(PreTrainedConfig):
     """Configuration of `ChelaModel` and `ChelaForCausalLM`.
 
@@ -27,6 +27,7 @@ class ChelaConfig(PreTrainedConfig):
     Raises:
         MixerSpecError (a ValueError): `mixer` is no valid pattern.
         ValueError: a size below 1.
+        StrictDataclassFieldValidationError: a value of the wrong type, e.g. a class where `mixer` takes a string.
     """
 
     model_type = "chela"
@@ -46,8 +47,6 @@ class ChelaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.mixer, str):
-            raise TypeError(f"mixer takes a string such as 'chela' or '3*chela + attention', got {self.mixer!r}")
         if self.intermediate_size is None:
             self.intermediate_size = max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):

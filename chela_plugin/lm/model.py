@@ -130,8 +130,8 @@ class ChelaModel(ChelaPreTrainedModel):
             attention_mask: `[B, T]` or, with a cache, `[B, seen + T]`: nonzero where there is a token, padding on one
                 side of a row.
             past_key_values: A `ChelaCache` of this model; the call continues behind the tokens that it has seen.
-            use_cache: Return a cache. By default `config.use_cache` outside training, without `cu_seqlens` and where
-                every mixer can decode. Never under gradient checkpointing in training.
+            use_cache: Return a cache. By default `config.use_cache` outside training, where every mixer can decode and
+                there is no mask or packing (a state can't go on behind padding). Never under gradient checkpointing.
             cu_seqlens: `[N + 1]` integers, 0 to T: sequences behind one another in a batch of 1. No cache, no mask.
             output_hidden_states: Also return the input of every block and the final features.
 
@@ -145,7 +145,8 @@ class ChelaModel(ChelaPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
-        cache = self._cache(past_key_values, use_cache, batch, x, packed=cu_seqlens is not None)
+        plain = attention_mask is None and cu_seqlens is None
+        cache = self._cache(past_key_values, use_cache, batch, x, plain)
         mask = _own_part(attention_mask, batch, length, 0 if cache is None else cache.seen)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = []
@@ -160,13 +161,15 @@ class ChelaModel(ChelaPreTrainedModel):
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _cache(
-        self, cache: ChelaCache | None, use_cache: bool | None, batch: int, x: Tensor, packed: bool
+        self, cache: ChelaCache | None, use_cache: bool | None, batch: int, x: Tensor, plain: bool
     ) -> ChelaCache | None:
         """The cache that this call reads and writes, with its layers made; None if there is none."""
         recomputes = self.training and self.gradient_checkpointing
         asked = use_cache is True or cache is not None
         if cache is None:
-            wanted = self.config.use_cache and not (self.training or packed) if use_cache is None else use_cache
+            wanted = use_cache
+            if use_cache is None:
+                wanted = self.config.use_cache and plain and not self.training
             if not wanted or recomputes:
                 return None
             cache = ChelaCache(self.config)
