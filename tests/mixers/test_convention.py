@@ -230,3 +230,42 @@ def test_parameters_are_about_what_the_docstring_says(spec, multiple):
 @pytest.mark.parametrize("spec", TRAINED)
 def test_path_names_what_runs(spec):
     assert mixer(spec).path("cpu") == ("sdpa" if spec.startswith("attention") else "reference")
+
+
+@pytest.mark.parametrize("spec", TRAINED)
+def test_a_padded_chunk_may_follow_a_cache(spec):
+    """Rows that go on by different numbers of tokens: the shorter is padded on the left of its new chunk."""
+    module, x = mixer(spec), tokens()
+    cache = module.init_cache(2)
+    module(x[:, :10], cache=cache)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, :4] = False
+    module(x[:, 10:17], attention_mask=mask, cache=cache)
+    step = module.step(x[:, 17], cache)
+    short = torch.cat((x[1:, :10], x[1:, 14:18]), dim=1)
+    torch.testing.assert_close(step[:1], module(x[:1, :18])[:, -1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(step[1:], module(short)[:, -1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "spec", ["attention", "linear_attention", "retnet", "gla", "gated_deltanet", "mamba", "mamba2"]
+)
+def test_a_mixer_exports_and_compiles_whole(spec):
+    module, x = mixer(spec, dtype=torch.float32), tokens(time=9, dtype=torch.float32)
+    wanted = module(x)
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), wanted)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", TRAINED)
+def test_a_gpu_computes_what_a_cpu_computes(spec):
+    module, x = mixer(spec, dtype=torch.float32), tokens(dtype=torch.float32)
+    wanted = module(x)
+    module, x = module.cuda(), x.cuda()
+    # fp32 without tf32, which torch leaves off; kernels sum in another order.
+    torch.testing.assert_close(module(x).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    cache = module.init_cache(2)
+    parts = [module(x[:, :40], cache=cache)] + [module.step(x[:, t], cache)[:, None] for t in range(40, 44)]
+    torch.testing.assert_close(torch.cat(parts, dim=1).cpu(), wanted[:, :44], rtol=1e-3, atol=1e-3)
