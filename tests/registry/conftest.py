@@ -63,7 +63,7 @@ def check_wide(options: dict) -> None:
         raise ValueError("it needs layer=...")
 
 
-wide.check_options = check_wide
+wide.check_options = check_wide  # type: ignore[attr-defined]  # the registry's protocol for **options
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ def test_an_unknown_name_suggests_the_nearest():
 
 
 def test_a_stray_annotation_that_cannot_be_read_names_the_option():
-    def stray(dim, *, causal, depth=None, layer_idx=None, device=None, dtype=None, x: Nowhere = 1):  # noqa: F821 - the point
+    def stray(dim, *, causal, depth=None, layer_idx=None, device=None, dtype=None, x: Nowhere = 1):  # type: ignore[name-defined]  # noqa: F821 - the point
         return nn.Identity()
 
     register_mixer("stray", stray)
