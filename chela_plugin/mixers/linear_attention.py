@@ -230,7 +230,7 @@ def retnet(
     """
     keys, values = expanded("retnet", dim, expand_k, "expand_k"), expanded("retnet", dim, expand_v, "expand_v")
     fitting = [n for n in (4, 3, 2, 1) if keys % (2 * n) == 0 and values % n == 0]
-    heads = num_heads or (fitting[0] if fitting else 1)
+    heads = (fitting[0] if fitting else 1) if num_heads is None else num_heads
     divide("retnet", keys, heads, None, ())
     divide("retnet", values, heads, None, ())
     if keys // heads % 2:

@@ -30,6 +30,7 @@ def test_a_recurrent_mixer_sends_a_bidirectional_host_to_bidirectional(name):
         ("retnet(expand_k=0.3)", 64, "expand_k=0.3 of 64 channels makes 19.2"),
         ("retnet(num_heads=32)", 32, "not divisible by num_heads=32"),
         ("retnet(num_heads=16)", 16, "not divisible by num_heads=16"),
+        ("retnet(num_heads=0)", 64, "num_heads must be at least 1"),
         ("retnet(num_heads=6)", 36, "leaves an odd 3"),
         ("gla(num_heads=5)", 64, "32 channels are not divisible by num_heads=5"),
         ("gla(expand_v=0.0)", 64, "expand_v=0.0"),
