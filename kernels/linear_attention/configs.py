@@ -1,0 +1,58 @@
+"""Blocks of the Triton kernels by shape: a small table measured on an H100 (`h100.json`), never a search at run time.
+
+`benchmarks/linear_attention_blocks.py` measures it again. Widths between the table's take the next larger entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+# Programs that keep an H100 (132 multiprocessors) busy: with fewer, sequences are cut into segments until there are
+# about TARGET. Cutting costs one more pass over two inputs, so it must gain more than a quarter.
+ENOUGH_PROGRAMS = 96
+TARGET_PROGRAMS = 256
+SHORTEST_SEGMENT = 1024
+SEGMENT_MULTIPLE = 256
+
+
+class Blocks(NamedTuple):
+    """chunk: tokens a step. columns: of the output, for each program. warps and stages: as Triton has them."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def _table() -> dict[tuple[str, int, bool], Blocks]:
+    rows = json.loads((Path(__file__).parent / "h100.json").read_text())["blocks"]
+    return {
+        (row["pass"], row["width"], row["decay"]): Blocks(row["chunk"], row["columns"], row["warps"], row["stages"])
+        for row in rows
+    }
+
+
+@functools.cache
+def blocks_for(kernel: str, key_width: int, value_width: int, element_size: int, decay: bool) -> Blocks:
+    """Blocks of `kernel` ('forward', 'backward', 'gather' or 'bidirectional') for these widths.
+
+    fp32 products run on the ordinary cores, from shared memory: small chunks, one stage.
+    """
+    width = max(key_width, value_width)
+    if element_size == 4:
+        return Blocks(32 if width <= 128 else 16, 32, 4, 1)
+    return _table()[kernel, min(w for w in (32, 64, 128, 256) if w >= width), decay]
+
+
+def segment_size(rows: int, heads: int, time: int, columns: int) -> int:
+    """Tokens a segment; `time` where the sequences are enough to fill the card, or too short to be cut."""
+    programs = rows * heads * columns
+    if programs >= ENOUGH_PROGRAMS or time < 2 * SHORTEST_SEGMENT:
+        return time
+    pieces = min(-(-TARGET_PROGRAMS // programs), time // SHORTEST_SEGMENT)
+    size = -(-time // pieces)
+    return -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE

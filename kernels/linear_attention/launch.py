@@ -1,0 +1,421 @@
+"""Launches of the Triton kernels: how a call is cut into segments, which blocks it takes, what it allocates.
+
+Nothing here looks at a tensor's values or waits for the device, so every launch can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton as kernels
+from . import triton_bidirectional as both
+from .configs import Blocks, blocks_for, segment_size
+
+DECAY_NONE, DECAY_STATIC, DECAY_PER_TOKEN = 0, 1, 2
+SCAN_BLOCK = 1024
+DECAY_TILE = 1024
+STEP_COLUMNS = 32
+
+
+class Cut(NamedTuple):
+    """How the tokens of a call fall into segments.
+
+    rows: sequences. segments: in all. size: tokens of the longest segment allowed. per_row: segments of one row, where
+    all rows are equally long. cuts: what tells the kernels (cu_seqlens, or the table of segments), or None.
+    owner: `[segments]` the sequence of each. first: `[rows + 1]` the first segment of each sequence.
+    """
+
+    rows: int
+    segments: int
+    size: int
+    per_row: int
+    cuts: Tensor | None
+    owner: Tensor | None
+    first: Tensor | None
+
+    @property
+    def two_levels(self) -> bool:
+        return self.segments != self.rows
+
+    @property
+    def table(self) -> bool:
+        return self.owner is not None
+
+
+def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
+    """Cut every sequence into segments of `size` tokens; `size >= T` leaves them whole."""
+    batch, time = q.shape[:2]
+    if cu_seqlens is None:
+        per_row = triton.cdiv(time, size)
+        return Cut(batch, batch * per_row, size if per_row > 1 else time, per_row, None, None, None)
+    rows = cu_seqlens.shape[0] - 1
+    if size >= time:
+        return Cut(rows, rows, time, 1, cu_seqlens, None, None)
+    segments = time // size + rows  # at least as many as there can be; lengths are on the device
+    table = torch.zeros(segments, 2, dtype=torch.int64, device=q.device)
+    owner = torch.zeros(segments, dtype=torch.int32, device=q.device)
+    first = torch.empty(rows + 1, dtype=torch.int64, device=q.device)
+    kernels.segment_table[(rows,)](cu_seqlens, table, owner, first, rows, size, BLOCK=256)
+    return Cut(rows, segments, size, 1, table, owner, first)
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory for the tensor descriptors that a kernel makes; Triton asks for it at each launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def tiled(x: Tensor) -> Tensor:
+    """`x` if a tensor descriptor can address it as it lies, else a copy that it can.
+
+    The last dim must be dense, and the address and every other stride multiples of 16 bytes.
+    """
+    width = 16 // x.element_size()
+    b, t, h, w = x.stride()
+    if w == 1 and t > 0 and t % width == 0 and h % width == 0 and b % width == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone() if x.is_contiguous() else x.contiguous()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 tiles are multiplied: exactly, unless torch was told that tf32 will do."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def width_block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+class Decay(NamedTuple):
+    """The decay as kernels take it. kind: none, static, per token. g: chunk-wise running sums `[H, B * T]`, base 2."""
+
+    kind: int
+    log_decay: Tensor
+    g: Tensor
+
+
+def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Decay:
+    if log_decay is None:
+        return Decay(DECAY_NONE, q, q)
+    if log_decay.dim() == 1:
+        return Decay(DECAY_STATIC, log_decay.contiguous(), q)
+    batch, time, heads = log_decay.shape
+    g = torch.empty(heads, batch * time, dtype=torch.float32, device=q.device)
+    grid = (plan.segments, triton.cdiv(plan.size, chunk))
+    kernels.cumulative_decay[grid](
+        log_decay, g, _or(plan.cuts, q), time, heads, plan.size, plan.per_row, *log_decay.stride(), batch * time,
+        VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, triton.next_power_of_2(heads)),
+        num_warps=4,
+    )  # fmt: skip
+    return Decay(DECAY_PER_TOKEN, log_decay, g)
+
+
+def causal_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    want_state: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(o, final state or [0], states at the segments' bounds for the backward pass or [0])`."""
+    _prepare(q)
+    q, k, v = tiled(q), tiled(k), tiled(v)
+    batch, time, heads, K = q.shape
+    V = v.shape[3]
+    blocks = blocks_for("forward", K, V, q.element_size(), log_decay is not None)
+    columns = min(blocks.columns, width_block(V))
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    plan = cut(q, cu_seqlens, segment_size(rows, heads, time, triton.cdiv(V, columns)))
+    decay = decay_of(log_decay, q, plan, blocks.chunk)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    final = _states(q, rows if want_state else 0, heads, K, V)
+    carry: Tensor | None = initial_state
+    ends = final
+    saved = _states(q, 0, heads, K, V)
+    if plan.two_levels:
+        carry, _ = _segment_starts(
+            k, v, plan, decay, blocks.chunk, initial_state, 1.0, final if want_state else None, 1.0, reverse=False
+        )
+        if save and log_decay is None:
+            saved = ends = _states(q, plan.segments, heads, K, V)
+        elif save:
+            saved = carry
+    o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
+    kernels.forward[(plan.segments * heads * triton.cdiv(V, columns),)](
+        q, k, v, o, decay.log_decay, decay.g, batch * time, _or(carry, final), ends, _or(plan.cuts, q), scale,
+        time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=decay.kind, CARRY=carry is not None,
+        END=(saved.numel() > 0 and log_decay is None) if plan.two_levels else want_state,
+        VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages,
+        num_warps=blocks.warps,
+    )  # fmt: skip
+    return o, final, saved
+
+
+def causal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    final: Tensor,
+    saved: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and initial_state; `[0]` for what was not given."""
+    _prepare(q)
+    q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
+    batch, time, heads, K = q.shape
+    V = v.shape[3]
+    element = q.element_size()
+    forward_columns = min(blocks_for("forward", K, V, element, log_decay is not None).columns, width_block(V))
+    blocks = blocks_for("backward", K, V, element, log_decay is not None)
+    XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    plan = cut(q, cu_seqlens, segment_size(rows, heads, time, triton.cdiv(V, forward_columns)))
+    decay = decay_of(log_decay, q, plan, blocks.chunk)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    dinitial = _states(q, 0 if initial_state is None else rows, heads, K, V)
+    k_columns = triton.cdiv(K, XK)
+    inner = None  # <S, dS> at the segments' ends, `[parts, segments, H]`
+    before: Tensor | None
+    after: Tensor | None
+    if plan.two_levels:
+        before = saved
+        after, inner = _segment_starts(
+            q, do, plan, decay, blocks.chunk, dfinal, 1.0 / scale, None if initial_state is None else dinitial, scale,
+            reverse=True, before=None if log_decay is None else saved, last=final,
+        )  # fmt: skip
+    else:
+        before, after = (final if log_decay is None else initial_state), dfinal
+        if dfinal is not None and log_decay is not None:
+            inner = (final * dfinal).sum((-1, -2))[None]
+    dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
+    dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
+    dots = torch.empty(2, k_columns if decay.kind else 0, heads, batch * time, dtype=torch.float32, device=q.device)
+    grid = (plan.segments * heads * (2 * k_columns + triton.cdiv(V, XV)),)
+    kernels.backward[grid](
+        q, k, v, do, dq, dk, dv, dots[0], dots[1], decay.log_decay, decay.g, batch * time, _or(before, final),
+        _or(after, final), dinitial, _or(plan.cuts, q), scale, time, heads, plan.size, plan.per_row,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
+        BEFORE=before is not None, AFTER=after is not None, END=initial_state is not None and not plan.two_levels,
+        AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    )  # fmt: skip
+    if log_decay is None:
+        return dq, dk, dv, dots.new_empty(0), dinitial
+    static = log_decay.dim() == 1
+    shape = (plan.segments, heads) if static else (batch, time, heads)
+    ddecay = torch.empty(shape, dtype=torch.float32 if static else log_decay.dtype, device=q.device)
+    kernels.decay_gradient[(plan.segments * heads,)](
+        dots[0], dots[1], _or(inner, dots), log_decay, ddecay, _or(plan.cuts, q), time, heads, plan.size, plan.per_row,
+        batch * time, plan.segments, *((0, 0, 0) if static else log_decay.stride()),
+        K_COLUMNS=k_columns, PARTS=0 if inner is None else inner.shape[0], BLOCK=DECAY_TILE, DECAY=decay.kind,
+        VARLEN=plan.cuts is not None, TABLE=plan.table, num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv, ddecay.sum(0).to(log_decay.dtype) if static else ddecay, dinitial
+
+
+def _segment_starts(
+    a: Tensor,
+    b: Tensor,
+    plan: Cut,
+    decay: Decay,
+    chunk: int,
+    initial: Tensor | None,
+    initial_scale: float,
+    final: Tensor | None,
+    final_scale: float,
+    *,
+    reverse: bool,
+    before: Tensor | None = None,
+    last: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The first two levels: the state that each segment starts from, `[segments, H, W, X]`, in time or against it.
+
+    Writes the state behind the last segment, times final_scale, to `final`. With `before` (states of the forward pass
+    at the segments' starts; `last` at the sequences' ends) also `<S, dS>` at the segments' ends,
+    `[parts, segments, H]`.
+    """
+    time, heads, W = a.shape[1:]
+    X = b.shape[3]
+    blocks = blocks_for("gather", W, X, a.element_size(), decay.kind != DECAY_NONE)
+    columns = min(blocks.columns, width_block(X))
+    states = _states(a, plan.segments, heads, W, X)
+    totals = torch.empty(plan.segments, heads, dtype=torch.float32, device=a.device)
+    kernels.gather[(plan.segments * heads * triton.cdiv(X, columns),)](
+        a, b, states, totals, decay.log_decay, decay.g, a.shape[0] * time, a, _or(plan.cuts, a), time, heads, plan.size,
+        plan.per_row, *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
+        DECAY=decay.kind, REVERSE=reverse, MASK=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    )  # fmt: skip
+    parts = triton.cdiv(W * X, SCAN_BLOCK)
+    inner = None if before is None else totals.new_zeros(parts, plan.segments, heads)
+    kernels.scan[(plan.rows * heads * parts,)](
+        states, totals, _or(initial, states), initial_scale, _or(final, states), final_scale, _or(plan.first, states),
+        _or(before, states), _or(last, states), _or(inner, states), 1.0 / initial_scale, heads, plan.per_row,
+        plan.segments, SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != DECAY_NONE, REVERSE=reverse,
+        INITIAL=initial is not None, FINAL=final is not None, INNER=before is not None, TABLE=plan.table, num_warps=4,
+    )  # fmt: skip
+    return states, inner
+
+
+def bidirectional_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    want_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """`(o, state or [0])`."""
+    _prepare(q)
+    q, k, v = tiled(q), tiled(k), tiled(v)
+    batch, time, heads, K = q.shape
+    V = v.shape[3]
+    blocks, plan = _bidirectional_plan(q, v, cu_seqlens)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    fused = not plan.two_levels
+    state = _states(q, plan.rows if want_state or not fused else 0, heads, K, V)
+    if not fused:
+        _sum_segments(k, v, plan, blocks.chunk, mask, initial_state, 1.0, [(state, 1.0)])
+    o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
+    both.forward[(plan.segments * heads,)](
+        q, k, v, o, state, _or(initial_state, state), _bytes(mask, q), _or(plan.cuts, q), _or(plan.owner, q), scale,
+        time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, FUSED=fused, INITIAL=initial_state is not None,
+        END=want_state, MASK=mask is not None, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    )  # fmt: skip
+    return o, state if want_state else state.new_empty(0)
+
+
+def bidirectional_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    state: Tensor,
+    do: Tensor,
+    dstate: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and initial_state; `[0]` for the last where it was not given."""
+    _prepare(q)
+    q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
+    batch, time, heads, K = q.shape
+    V = v.shape[3]
+    blocks, plan = _bidirectional_plan(q, v, cu_seqlens)
+    dstate = None if dstate is None else dstate.contiguous()
+    fused = not plan.two_levels
+    dinitial = _states(q, 0 if initial_state is None else plan.rows, heads, K, V)
+    R = dstate
+    if not fused:
+        R = _states(q, plan.rows, heads, K, V)
+        outs = [(R, 1.0)] + ([] if initial_state is None else [(dinitial, scale)])
+        _sum_segments(q, do, plan, blocks.chunk, None, dstate, 1.0 / scale, outs)
+    dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
+    dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
+    both.backward[(plan.segments * heads,)](
+        q, k, v, do, dq, dk, dv, state, _or(R, state), dinitial, _bytes(mask, q), _or(plan.cuts, q),
+        _or(plan.owner, q), scale, time, heads, plan.size, plan.per_row,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, FUSED=fused, DSTATE=dstate is not None,
+        END=initial_state is not None, MASK=mask is not None, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    )  # fmt: skip
+    return dq, dk, dv, dinitial
+
+
+def _bidirectional_plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Blocks, Cut]:
+    batch, time, heads, K = q.shape
+    blocks = blocks_for("bidirectional", K, v.shape[3], q.element_size(), False)
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return blocks, cut(q, cu_seqlens, segment_size(rows, heads, time, 1))
+
+
+def _sum_segments(
+    a: Tensor,
+    b: Tensor,
+    plan: Cut,
+    chunk: int,
+    mask: Tensor | None,
+    initial: Tensor | None,
+    initial_scale: float,
+    outs: list[tuple[Tensor, float]],
+) -> None:
+    """sum_t a_t^T b_t of every sequence, plus initial_scale * initial; each of `outs` gets it times its factor."""
+    time, heads, W = a.shape[1:]
+    X = b.shape[3]
+    blocks = blocks_for("gather", W, X, a.element_size(), False)
+    columns = min(blocks.columns, width_block(X))
+    states = _states(a, plan.segments, heads, W, X)
+    kernels.gather[(plan.segments * heads * triton.cdiv(X, columns),)](
+        a, b, states, states, a, a, 0, _bytes(mask, a), _or(plan.cuts, a), time, heads, plan.size, plan.per_row,
+        *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
+        REVERSE=False, MASK=mask is not None, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    )  # fmt: skip
+    first, factor = outs[0]
+    kernels.scan[(plan.rows * heads * triton.cdiv(W * X, SCAN_BLOCK),)](
+        states, states, _or(initial, states), initial_scale, first, factor, _or(plan.first, states), states, states,
+        states, 1.0, heads, plan.per_row, plan.segments, SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=False, REVERSE=False,
+        INITIAL=initial is not None, FINAL=True, INNER=False, TABLE=plan.table, num_warps=4,
+    )  # fmt: skip
+    for other, other_factor in outs[1:]:
+        torch.mul(first, other_factor / factor, out=other)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One token: q, k `[B, H, K]`, v `[B, H, V]`, state `[B, H, K, V]`, log_decay `[H]` or `[B, H]`."""
+    batch, heads, K = q.shape
+    V = v.shape[2]
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    state = state.contiguous()
+    o = torch.empty(batch, heads, V, dtype=q.dtype, device=q.device)
+    new_state = torch.empty_like(state)
+    columns = min(STEP_COLUMNS, width_block(V))
+    d_b, d_h = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
+    kernels.step[(batch * heads * triton.cdiv(V, columns),)](
+        q, k, v, state, _or(log_decay, q), o, new_state, scale, heads, *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], d_b, d_h, K=K, V=V, BK=width_block(K), BX=columns, DECAY=log_decay is not None, num_warps=4,
+    )  # fmt: skip
+    return o, new_state
+
+
+def _prepare(q: Tensor) -> None:
+    if q.is_cuda:
+        triton.set_allocator(scratch)
+
+
+def _states(q: Tensor, count: int, heads: int, K: int, V: int) -> Tensor:
+    """Room for `count` fp32 states; `[0]` for none."""
+    shape = (count, heads, K, V) if count else (0,)
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    """`x`, or for a kernel that won't touch it any tensor at all."""
+    return other if x is None else x
+
+
+def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask.contiguous().view(torch.uint8)

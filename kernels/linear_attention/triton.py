@@ -1,0 +1,465 @@
+"""Triton kernels of linear attention; `launch.py` decides which run with what blocks.
+
+One walk does everything causal. It carries `S`, a `[W, X]` fp32 state, in registers over the chunks of one segment:
+
+    out_x = sum_{y before x} w(x, y) (a_x . b_y) c_y            a, b: [n, W]   c, out: [n, X]
+
+      chunk 0      chunk 1      chunk 2
+    +---------+  +---------+  +---------+     inside a chunk   P = a b^T, masked and decayed, on tensor cores;  P c
+    | a b c   |->| a b c   |->| a b c   |->   before it        a S
+    +---------+S0+---------+S1+---------+S2   afterwards       S <- decay S + b^T c        (never written to memory)
+
+Forward it is (a, b, c) = (q, k, v). The gradients are the same sum with other operands:
+
+    dq: (dO, v, k), in time       dk: (v, dO, q), against time       dv: (k, q, dO), against time
+
+so one body serves all four; the backward pass runs the three gradients as three roles of one launch, which read their
+common inputs through the L2 cache. Nothing but inputs, outputs and one state per segment is kept for it: the scores
+and the states inside a segment are computed again. Without decay dq, too, goes against time, beside dk and dv, taking
+the state apart again (S_before = S_after - b^T c), so that all three roles read the same tokens at the same time.
+
+Where sequences are too few to fill the card, each is cut into segments and there are two levels:
+
+    gather:  every segment's own b^T c, decayed to its end        (all segments in parallel)
+    scan:    the state that each segment starts from              (a few elementwise steps)
+    walk:    every segment from its start state                   (all segments in parallel)
+
+Decay: `g` is the running sum of log_decay (in base 2) from the start of a chunk, so w(x, y) = exp2(g_x - g_y); only
+differences at or below 0 are ever exponentiated. Loads and stores go through tensor descriptors, which clip at a
+segment's end. Every offset that can pass 2^31 elements is int64.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-115.41560327111707)  # reference.LEAST_LOG_DECAY in base 2
+
+
+@triton.jit
+def _segment(p, cuts, T, SEG, SEGMENTS, VARLEN: tl.constexpr, TABLE: tl.constexpr):
+    """Segment p: its row, its first token in that row, and its number of tokens.
+
+    `cuts` is cu_seqlens, or with TABLE the `[P, 2]` starts and lengths that `segment_table` wrote."""
+    if VARLEN:
+        if TABLE:
+            start = tl.load(cuts + 2 * p).to(tl.int64)
+            length = tl.load(cuts + 2 * p + 1).to(tl.int32)
+        else:
+            start = tl.load(cuts + p).to(tl.int64)
+            length = (tl.load(cuts + p + 1).to(tl.int64) - start).to(tl.int32)
+        row = tl.zeros((), tl.int64)
+    else:
+        row = (p // SEGMENTS).to(tl.int64)
+        first = (p % SEGMENTS) * SEG
+        start = first.to(tl.int64)
+        length = tl.minimum(SEG, T - first)
+    return row, start, length
+
+
+@triton.jit
+def _tiles(pointer, n, stride, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    """`[BT, BW]` tiles of a `[n, W]` matrix; a descriptor may not be empty, an empty segment just never loads."""
+    return tl.make_tensor_descriptor(pointer, shape=[tl.maximum(n, 1), W], strides=[stride, 1], block_shape=[BT, BW])
+
+
+@triton.jit
+def segment_table(cu_seqlens, table, owner, first, N, SEG, BLOCK: tl.constexpr):
+    """Cut sequence n into segments: `table[p] = (start, length)` and `owner[p] = n` from p = `first[n]` on.
+
+    One program a sequence. What lies behind the last segment keeps the length 0 that the table was filled with."""
+    n = tl.program_id(0)
+    before = tl.zeros((), tl.int64)
+    for i in range(0, n, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        live = at < n
+        begin = tl.load(cu_seqlens + at, live, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens + at + 1, live, other=0).to(tl.int64)
+        before += tl.sum((end - begin + SEG - 1) // SEG)
+    begin = tl.load(cu_seqlens + n).to(tl.int64)
+    end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+    tl.store(first + n, before)
+    count = (end - begin + SEG - 1) // SEG
+    if n == N - 1:
+        tl.store(first + N, before + count)
+    for j in range(count):
+        tl.store(owner + before + j, n)
+        tl.store(table + 2 * (before + j), begin + j * SEG)
+        tl.store(table + 2 * (before + j) + 1, tl.minimum(SEG, end - begin - j * SEG))
+
+
+@triton.jit
+def _checked(log_decay):
+    """Natural to base 2, clamped; a decay above 0 turns into NaN, which then fills the output."""
+    return tl.where(log_decay > 0, float("nan"), tl.where(log_decay * LOG2_E < LEAST, LEAST, log_decay * LOG2_E))
+
+
+@triton.jit
+def cumulative_decay(log_decay, g, cuts, T, H, SEG, SEGMENTS, stride_b, stride_t, stride_h, g_stride,
+                     VARLEN: tl.constexpr, TABLE: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """`g[h, row * T + t]`: running sum of log_decay in base 2 from the start of the chunk. A program a chunk."""
+    row, start, n = _segment(tl.program_id(0), cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
+    t0 = tl.program_id(1) * BT
+    if t0 >= n:
+        return
+    t = t0 + tl.arange(0, BT)
+    for h0 in range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        live = (t < n)[:, None] & (h < H)[None, :]
+        at = row * stride_b + (start + t)[:, None] * stride_t + h[None, :] * stride_h
+        d = _checked(tl.load(log_decay + at, live, other=0.0).to(tl.float32))
+        tl.store(g + h[None, :] * g_stride + (row * T + start + t)[:, None], tl.cumsum(d, 0), live)
+
+
+@triton.jit
+def _chunk_decay(log_decay, g, t0, n, DECAY: tl.constexpr, BT: tl.constexpr):
+    """`g` at each place of the chunk at t0 (constant past the end), and at its end. `g` points at the segment."""
+    t = tl.minimum(t0 + tl.arange(0, BT), n - 1)
+    if DECAY == 1:
+        return log_decay * (t - t0 + 1).to(tl.float32), log_decay * tl.minimum(n - t0, BT).to(tl.float32)
+    else:
+        return tl.load(g + t), tl.load(g + tl.minimum(t0 + BT, n) - 1)
+
+
+@triton.jit
+def _add(S, b, c, weight, shrink, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """S <- shrink S + (weight b)^T c."""
+    if DECAY:
+        b = (tl.trans(b) * weight[None, :]).to(c.dtype)
+        return tl.dot(b, c, acc=S * shrink, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(b), c, acc=S, input_precision=PRECISION)
+
+
+@triton.jit
+def _read(a, S, PRECISION: tl.constexpr):
+    """a S with fp32 accumulation. fp16 reads the state in tf32: it keeps fp16's digits, and a state may pass 65504."""
+    if a.dtype == tl.float16:
+        return tl.dot(a.to(tl.float32), S, input_precision="tf32")
+    else:
+        return tl.dot(a, S.to(a.dtype), input_precision=PRECISION)
+
+
+@triton.jit
+def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stride_out,
+          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, x0, n, log_decay, g, scale, against, strict,
+          W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr, BT: tl.constexpr,
+          DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, ROW_DOT: tl.constexpr,
+          PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """One segment, columns x0 to x0 + BX of c and out. Pointers stand at the segment's first token.
+
+    against: 0 in time, 1 against it (y then runs from x to the end). strict: 1 leaves y = x out. DECAY: 0 none,
+    1 static, 2 per token. CARRY: the walk starts from `carry_scale * carry[w * carry_w + x * carry_x]`. END: the state
+    it ends with, times end_scale, goes to `end`, laid out like `carry`; rows from carry_rows and end_rows on (W, or 0 for none) are left out.
+    ROW_DOT: `row_dot[t] = out_t . e_t` over these columns.
+    """
+    a_tiles = _tiles(a, n, stride_a, W, BT, BW)
+    b_tiles = _tiles(b, n, stride_b, W, BT, BW)
+    c_tiles = _tiles(c, n, stride_c, X, BT, BX)
+    out_tiles = _tiles(out, n, stride_out, X, BT, BX)
+    if ROW_DOT:
+        e_tiles = _tiles(e, n, stride_e, X, BT, BX)
+    w = tl.arange(0, BW)[:, None]
+    x = x0 + tl.arange(0, BX)[None, :]
+    at = w * carry_w + x * carry_x
+    if CARRY:
+        S = tl.load(carry + at, (w < carry_rows) & (x < X), other=0.0) * carry_scale
+    else:
+        S = tl.zeros((BW, BX), tl.float32)
+    place = tl.arange(0, BT)
+    sign = 1 - 2 * against
+    seen = (place[:, None] - place[None, :]) * sign >= strict
+    chunks = tl.cdiv(n, BT)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        t0 = (against * (chunks - 1) + sign * i) * BT
+        a_t = a_tiles.load([t0, 0])
+        b_t = b_tiles.load([t0, 0])
+        c_t = c_tiles.load([t0, x0])
+        P = tl.dot(a_t, tl.trans(b_t), input_precision=PRECISION)
+        result = _read(a_t, S, PRECISION)
+        if DECAY:
+            g_t, g_end = _chunk_decay(log_decay, g, t0, n, DECAY, BT)
+            from_start, to_end = tl.exp2(g_t), tl.exp2(g_end - g_t)
+            P *= tl.exp2(tl.where(seen, (g_t[:, None] - g_t[None, :]) * sign, 0.0))
+            result *= (to_end if against else from_start)[:, None]
+            S = _add(S, b_t, c_t, from_start if against else to_end, tl.exp2(g_end), DECAY, PRECISION)
+        else:
+            S = _add(S, b_t, c_t, 1.0, 1.0, DECAY, PRECISION)
+        P = tl.where(seen, P, 0.0)
+        result = tl.dot(P.to(c_t.dtype), c_t, acc=result, input_precision=PRECISION) * scale
+        if ROW_DOT:
+            tl.store(row_dot + t0 + place, tl.sum(result * e_tiles.load([t0, x0]).to(tl.float32), 1), t0 + place < n)
+        out_tiles.store([t0, x0], result.to(out.dtype.element_ty))
+    if END:
+        tl.store(end + at, S * end_scale, (w < end_rows) & (x < X))
+
+
+@triton.jit
+def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, SEG, SEGMENTS,
+            q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+            K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BT: tl.constexpr,
+            DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
+            PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """o_t = scale * (exp(g_t) q_t S_0 + sum_{s <= t} exp(g_t - g_s) (q_t . k_s) v_s).
+
+    A program is (segment, head, BX columns of v); columns of one head are neighbours and share q and k in the L2.
+    """
+    columns: tl.constexpr = (V + BX - 1) // BX
+    pid = tl.program_id(0)
+    x0 = (pid % columns) * BX
+    h = (pid // columns) % H
+    p = pid // columns // H
+    row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
+    state = (p.to(tl.int64) * H + h) * (K * V)
+    if DECAY == 1:
+        log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
+    if DECAY == 2:
+        g += h * g_stride + row * T + start
+    h = h.to(tl.int64)
+    _walk(q + row * q_b + start * q_t + h * q_h, k + row * k_b + start * k_t + h * k_h,
+          v + row * v_b + start * v_t + h * v_h, q, o + ((row * T + start) * H + h) * V, q, q_t, k_t, v_t, q_t, H * V,
+          carry + state, K, V, 1, 1.0, end + state, K, 1.0, x0, n, log_decay, g, scale, 0, 0,
+          K, V, BK, BX, BT, DECAY, CARRY, END, False, PRECISION, STAGES)  # fmt: skip
+
+
+@triton.jit
+def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, g_stride, before, after, dinitial, cuts, scale,
+             T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+             K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, XK: tl.constexpr, XV: tl.constexpr,
+             BT: tl.constexpr, DECAY: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr,
+             AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
+    """The three gradients as three roles; R_s = sum_{t > s} exp(g_t - g_s) q_t^T dO_t + exp(g_T - g_s) dS_T / scale.
+
+        dq_t = scale * (exp(g_t) dO_t S_0^T + sum_{s <= t} exp(g_t - g_s) (dO_t . v_s) k_s)
+        dk_s = scale * (v_s R^T             + sum_{t >= s} exp(g_t - g_s) (v_s . dO_t) q_t)
+        dv_s = scale * (k_s R               + sum_{t >= s} exp(g_t - g_s) (k_s . q_t) dO_t)
+
+    Without decay S_{t0} = S_{t1} - sum_{t0 < s <= t1} k_s^T v_s, and dq goes against time too:
+    dq_t = -scale * (dO_t (-S_T)^T + sum_{s > t} (dO_t . v_s) k_s).
+
+    `before` holds S at the segments' starts, or at their ends where there is no decay; `after` holds R at their ends
+    (dS_T itself where AFTER_SCALED). With decay `dot_q[t] = q_t . dq_t` and `dot_k` likewise, one row for each column
+    block.
+    """
+    k_columns: tl.constexpr = (K + XK - 1) // XK
+    v_columns: tl.constexpr = (V + XV - 1) // XV
+    roles: tl.constexpr = 2 * k_columns + v_columns
+    pid = tl.program_id(0)
+    role = pid % roles
+    h = (pid // roles) % H
+    p = pid // roles // H
+    row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
+    state = (p.to(tl.int64) * H + h) * (K * V)
+    at = row * T + start
+    if DECAY == 1:
+        log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
+    if DECAY == 2:
+        g += h * g_stride + at
+    h = h.to(tl.int64)
+    q += row * q_b + start * q_t + h * q_h
+    k += row * k_b + start * k_t + h * k_h
+    v += row * v_b + start * v_t + h * v_h
+    do += row * do_b + start * do_t + h * do_h
+    dq += (at * H + h) * K
+    dk += (at * H + h) * K
+    dv += (at * H + h) * V
+    before += state
+    after += state
+    dinitial += state
+    is_dq = role < k_columns
+    is_dv = role >= 2 * k_columns
+    before_rows = V if BEFORE else 0
+    before_scale = 1.0 if DECAY else -1.0
+    after_rows = (K if is_dv else V) if AFTER else 0
+    after_scale = 1.0 / scale if AFTER_SCALED else 1.0
+    against = 1
+    if DECAY:
+        against = 0 if is_dq else 1
+    strict = 0
+    if DECAY == 0:
+        strict = 1 if is_dq else 0
+        scale = -scale if is_dq else scale
+    if K == V and DECAY == 0:  # one body for the three roles: less code, less shared memory
+        _walk(do if is_dq else (k if is_dv else v), v if is_dq else (q if is_dv else do),
+              k if is_dq else (do if is_dv else q), q, dq if is_dq else (dv if is_dv else dk), dot_q,
+              do_t if is_dq else (k_t if is_dv else v_t), v_t if is_dq else (q_t if is_dv else do_t),
+              k_t if is_dq else (do_t if is_dv else q_t), q_t, H * K,
+              before if is_dq else after, before_rows if is_dq else after_rows, V if is_dv else 1, 1 if is_dv else V,
+              before_scale if is_dq else after_scale, dinitial, K if is_dv else 0, scale,
+              (role % k_columns) * XK, n, log_decay, g, scale, against, strict,
+              V, K, BV, XK, BT, DECAY, BEFORE or AFTER, END, False, PRECISION, STAGES)  # fmt: skip
+    elif is_dv:
+        _walk(k, q, do, k, dv, dot_q, k_t, q_t, do_t, k_t, H * V, after, after_rows, V, 1, after_scale, dinitial, K, scale,
+              (role - 2 * k_columns) * XV, n, log_decay, g, scale, 1, 0,
+              K, V, BK, XV, BT, DECAY, AFTER, END, False, PRECISION, STAGES)  # fmt: skip
+    else:
+        block = role % k_columns
+        dot = dot_q
+        if DECAY:
+            dot = (dot_q if is_dq else dot_k) + (block.to(tl.int64) * H + h) * g_stride + at
+        _walk(do if is_dq else v, v if is_dq else do, k if is_dq else q, q if is_dq else k, dq if is_dq else dk, dot,
+              do_t if is_dq else v_t, v_t if is_dq else do_t, k_t if is_dq else q_t, q_t if is_dq else k_t, H * K,
+              before if is_dq else after, before_rows if is_dq else after_rows, 1, V,
+              before_scale if is_dq else after_scale, before, 0, 1.0, block * XK, n, log_decay, g, scale, against, strict,
+              V, K, BV, XK, BT, DECAY, BEFORE or AFTER, False, DECAY != 0, PRECISION, STAGES)  # fmt: skip
+
+
+@triton.jit
+def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEGMENTS,
+           a_b, a_t, a_h, b_b, b_t, b_h, W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr,
+           BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
+           TABLE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """out[p, h] = sum over the segment of w_t a_t^T b_t, decayed to its end (REVERSE: to its start).
+
+    With decay `totals[p, h]` is the segment's whole log decay. MASK: tokens where `mask[row, t]` is 0 are left out.
+    """
+    columns: tl.constexpr = (X + BX - 1) // BX
+    pid = tl.program_id(0)
+    x0 = (pid % columns) * BX
+    h = (pid // columns) % H
+    p = pid // columns // H
+    row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
+    if DECAY == 1:
+        log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
+    if DECAY == 2:
+        g += h * g_stride + row * T + start
+    mask += row * T + start
+    head = h.to(tl.int64)
+    a += row * a_b + start * a_t + head * a_h
+    b += row * b_b + start * b_t + head * b_h
+    a_tiles = _tiles(a, n, a_t, W, BT, BW)
+    b_tiles = _tiles(b, n, b_t, X, BT, BX)
+    S = tl.zeros((BW, BX), tl.float32)
+    total = 0.0
+    chunks = tl.cdiv(n, BT)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        t0 = ((chunks - 1 - i) if REVERSE else i) * BT
+        a_t_ = a_tiles.load([t0, 0])
+        b_t_ = b_tiles.load([t0, x0])
+        if MASK:
+            t = t0 + tl.arange(0, BT)
+            a_t_ = tl.where((tl.load(mask + t, t < n, other=0) != 0)[:, None], a_t_, 0.0).to(a_t_.dtype)
+        if DECAY:
+            g_t, g_end = _chunk_decay(log_decay, g, t0, n, DECAY, BT)
+            weight = tl.exp2(g_t) if REVERSE else tl.exp2(g_end - g_t)
+            S = _add(S, a_t_, b_t_, weight, tl.exp2(g_end), DECAY, PRECISION)
+            total += g_end
+        else:
+            S = _add(S, a_t_, b_t_, 1.0, 1.0, DECAY, PRECISION)
+    w = tl.arange(0, BW)[:, None]
+    x = x0 + tl.arange(0, BX)[None, :]
+    tl.store(out + (p.to(tl.int64) * H + h) * (W * X) + w * X + x, S, (w < W) & (x < X))
+    if DECAY and x0 == 0:
+        tl.store(totals + p.to(tl.int64) * H + h, total)
+
+
+@triton.jit
+def scan(states, totals, initial, initial_scale, final, final_scale, first, before, last, inner, inner_scale, H,
+         SEGMENTS, P,
+         SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+         INITIAL: tl.constexpr, FINAL: tl.constexpr, INNER: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
+    """From every segment's own contribution to the state that it starts from, in place.
+
+    A program is (sequence, head, BLOCK numbers of the state); REVERSE goes from the last segment to the first.
+    INNER (with REVERSE): `inner[block, p, h] = inner_scale * <S, R>` at the end of segment p, where S is what segment
+    p + 1 starts from, in `before`; behind the last segment it is `last`, and R is 0 unless INITIAL.
+    """
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    block = pid % blocks
+    h = (pid // blocks) % H
+    n = pid // blocks // H
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    live = at < SIZE
+    if TABLE:
+        start = tl.load(first + n)
+        count = (tl.load(first + n + 1) - start).to(tl.int32)
+    else:
+        start = n.to(tl.int64) * SEGMENTS
+        count = SEGMENTS
+    whole = (n.to(tl.int64) * H + h) * SIZE + at
+    S = tl.load(initial + whole, live, other=0.0) * initial_scale if INITIAL else tl.zeros((BLOCK,), tl.float32)
+    for j in range(count):
+        p = (start + ((count - 1 - j) if REVERSE else j)) * H + h
+        own = tl.load(states + p * SIZE + at, live, other=0.0)
+        tl.store(states + p * SIZE + at, S, live)
+        if INNER:
+            if j > 0:
+                tl.store(inner + block.to(tl.int64) * P * H + p,
+                         tl.sum(S * tl.load(before + (p + H) * SIZE + at, live, other=0.0)) * inner_scale)  # fmt: skip
+            elif INITIAL:
+                tl.store(inner + block.to(tl.int64) * P * H + p,
+                         tl.sum(S * tl.load(last + whole, live, other=0.0)) * inner_scale)  # fmt: skip
+        if DECAY:
+            S *= tl.exp2(tl.load(totals + p))
+        S += own
+    if FINAL:
+        tl.store(final + whole, S * final_scale, live)
+
+
+@triton.jit
+def decay_gradient(dot_q, dot_k, inner, log_decay, out, cuts, T, H, SEG, SEGMENTS, tokens, P, d_b, d_t, d_h,
+                   K_COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr,
+                   VARLEN: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
+    """dL/d log_decay_t = <S, dS at the segment's end> + sum_{u >= t} (q_u . dq_u - k_u . dk_u).
+
+    A program is (segment, head). The sum is the inner product of the state before t, decayed, with the gradient of the state after t: of all pairs (u, s)
+    in the sum those with s < t <= u count once, the others cancel. Starting each segment from the inner product of
+    the states at its end, `inner[part, p, h]`, keeps the rounding of the two dot products from piling up over the
+    whole sequence. DECAY 2 writes every t, `[B, T, H]`; DECAY 1 their sum over the segment, `[P, H]`.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    p = pid // H
+    row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
+    tail = 0.0
+    for part in tl.static_range(PARTS):
+        tail += tl.load(inner + (part * P + p).to(tl.int64) * H + h)
+    at = row * T + start
+    sum_over_t = 0.0
+    tiles = tl.cdiv(n, BLOCK)
+    for i in range(tiles):
+        t = (tiles - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        live = t < n
+        x = tl.zeros((BLOCK,), tl.float32)
+        for column in tl.static_range(K_COLUMNS):
+            place = (h.to(tl.int64) + column * H) * tokens + at + t
+            x += tl.load(dot_q + place, live, other=0.0) - tl.load(dot_k + place, live, other=0.0)
+        whole = tl.sum(x)
+        d = tail + (whole - tl.cumsum(x) + x)
+        tail += whole
+        if DECAY == 2:
+            place = row * d_b + (start + t) * d_t + h.to(tl.int64) * d_h
+            clamped = tl.load(log_decay + place, live, other=0.0).to(tl.float32) * LOG2_E < LEAST
+            d = tl.where(clamped, 0.0, d)
+            tl.store(out + (at + t) * H + h, d.to(out.dtype.element_ty), live)
+        else:
+            sum_over_t += tl.sum(tl.where(live, d, 0.0))
+    if DECAY == 1:
+        clamped = tl.load(log_decay + h).to(tl.float32) * LOG2_E < LEAST
+        tl.store(out + p.to(tl.int64) * H + h, tl.where(clamped, 0.0, sum_over_t))
+
+
+@triton.jit
+def step(q, k, v, state, log_decay, o, new_state, scale, H, q_b, q_h, k_b, k_h, v_b, v_h, d_b, d_h,
+         K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, DECAY: tl.constexpr):  # fmt: skip
+    """One token: S' = exp(d) S + k^T v, o = scale * q S'. A program is (row, head, BX columns of v)."""
+    columns: tl.constexpr = (V + BX - 1) // BX
+    pid = tl.program_id(0)
+    x = (pid % columns) * BX + tl.arange(0, BX)
+    h = (pid // columns) % H
+    b = (pid // columns // H).to(tl.int64)
+    w = tl.arange(0, BK)
+    q_w = tl.load(q + b * q_b + h * q_h + w, w < K, other=0.0).to(tl.float32)
+    k_w = tl.load(k + b * k_b + h * k_h + w, w < K, other=0.0).to(tl.float32)
+    v_x = tl.load(v + b * v_b + h * v_h + x, x < V, other=0.0).to(tl.float32)
+    at = (b * H + h) * (K * V) + w[:, None] * V + x[None, :]
+    live = (w < K)[:, None] & (x < V)[None, :]
+    S = tl.load(state + at, live, other=0.0)
+    if DECAY:
+        S *= tl.exp2(_checked(tl.load(log_decay + b * d_b + h * d_h).to(tl.float32)))
+    S += k_w[:, None] * v_x[None, :]
+    tl.store(new_state + at, S, live)
+    out = tl.sum(q_w[:, None] * S, 0) * scale
+    tl.store(o + (b * H + h) * V + x, out.to(o.dtype.element_ty), x < V)
