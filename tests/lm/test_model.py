@@ -150,7 +150,8 @@ def test_embeddings_may_be_passed_instead_of_ids():
     torch.testing.assert_close(model(inputs_embeds=model.model.embed_tokens(ids)).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its new name came after 5.17
+@pytest.mark.parametrize("mixer", ["chela", "attention", "gla", "mamba2"])
 def test_gradient_checkpointing_changes_nothing(mixer):
     model, ids, grads = tiny(mixer).train(), tokens(2, 9), []
     for checkpointing in (False, True):
@@ -175,10 +176,10 @@ def test_training_makes_no_cache_unless_asked():
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_parameters_are_the_mixers_and_8_d_squared_a_block(mixer):
-    torch.manual_seed(0)
     dim, depth = 192, 2
     config = ChelaConfig(vocab_size=61, hidden_size=dim, num_hidden_layers=depth, mixer=mixer, tie_word_embeddings=True)
-    model = ChelaForCausalLM(config)
+    with torch.device("meta"):
+        model = ChelaForCausalLM(config)
     mixers = sum(p.numel() for layer in model.model.layers for p in layer.mixer.parameters())
     norms = (2 * depth + 1) * dim
     assert sum(p.numel() for p in model.parameters()) == mixers + depth * 8 * dim**2 + 61 * dim + norms
@@ -197,12 +198,11 @@ def test_native_is_chela():
     assert all(torch.equal(a, b) for a, b in zip(native.parameters(), chela.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("mixer", ["chela", "attention", "linear_attention", "retnet", "gla", "mamba2"])
+@pytest.mark.parametrize("mixer", ["chela", "attention + mamba2", "gla + retnet", "conv + gated_deltanet"])
 def test_a_compiled_model_has_no_graph_break(mixer):
     torch._dynamo.reset()
     model, ids = tiny(mixer), tokens(2, 9)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, **close)
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **close)
     model.train()
     torch.testing.assert_close(compiled(ids, labels=ids).loss, model(ids, labels=ids).loss, **close)
@@ -287,6 +287,7 @@ def test_a_mixer_without_a_cache_is_named_when_one_is_asked_for():
     assert model.generate(ids, max_new_tokens=2, use_cache=False, pad_token_id=0).shape == (2, 11)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_a_cache_can_not_be_written_twice():
     model, ids = tiny(), tokens(2, 9)
     cache = model(ids).past_key_values

@@ -216,7 +216,7 @@ def test_weights_carry_over_to_another_resolution(tmp_path):
     assert larger.pos_embed.shape[1] == 64
 
 
-@pytest.mark.parametrize("mixer", ["chela", "chela(head_dim=16) + attention"])
+@pytest.mark.parametrize("mixer", ["chela", "chela(long=explicit) + attention"])
 def test_a_saved_model_comes_back_with_its_mixer(mixer, image, tmp_path):
     model = tiny(mixer)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
