@@ -9,7 +9,14 @@ from typing import Any, Literal, cast
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchDropout, get_act_layer, get_norm_layer, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, named_apply, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn, get_init_weights_vit
 from torch import Tensor, nn
@@ -19,6 +26,7 @@ from chela_plugin.registry import MixerSpec, create_mixer, parse_pattern
 __all__ = ["ChelaViT"]
 
 
+@register_notrace_module  # torch.fx: a leaf, since a mixer may branch on the shape of its input
 class ChelaViTBlock(nn.Module):
     """Pre-norm block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`; each branch with LayerScale and stochastic depth.
 
@@ -174,19 +182,21 @@ class ChelaViT(VisionTransformer):
         marked = {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
         return {"pos_embed"} | marked
 
-    def _patches(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, tuple[int, int]]:
+    def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image `[B, C, H, W]` to embedded patches `[B, T, D]` and their grid."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("ChelaViT takes no attn_mask and no is_causal: its mixers see every patch of the image")
         grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         return self.patch_drop(self._pos_embed(self.patch_embed(x))), grid
 
     def _run(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no masks: a mixer sees the whole image
+        """Image `[B, C, H, W]` to class scores `[B, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as forward
         """Image `[B, C, H, W]` to normalised patch features `[B, T, D]`."""
-        x, grid = self._patches(x, attn_mask, is_causal)
+        x, grid = self._patches(x)
         for block in self.blocks:
             x = self._run(block, x, grid)
         return self.norm(x)
@@ -212,7 +222,9 @@ class ChelaViT(VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is NCHW or NLC, got {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self._patches(x, attn_mask, is_causal)
+        if attn_mask is not None or is_causal:  # parameters that get_intermediate_layers passes on
+            raise ValueError("ChelaViT takes no attn_mask and no is_causal: its mixers see every patch of the image")
+        x, grid = self._patches(x)
         if output_fmt == "NCHW" and x.shape[1] != grid[0] * grid[1]:
             raise ValueError("dropped patches leave no grid: use output_fmt='NLC' or eval mode with patch_drop_rate")
         features = []

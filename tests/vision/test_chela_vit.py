@@ -274,6 +274,13 @@ def test_export_gives_the_same_outputs(mixer, image):
     torch.testing.assert_close(exported(image), model(image), rtol=1e-4, atol=1e-5)
 
 
+def test_fx_traces_the_backbone_with_blocks_as_leaves(image):
+    model = tiny("chela")
+    traced = timm.models.FeatureGraphNet(model, out_indices=(1,), out_map=["blocks.1"])
+    (features,) = traced(image)
+    torch.testing.assert_close(features, model.forward_intermediates(image, output_fmt="NLC")[1][1])
+
+
 @pytest.mark.parametrize("mixer", ["chela", "attention"])
 def test_a_compiled_model_has_no_graph_break(mixer, image):
     torch._dynamo.reset()
@@ -315,8 +322,10 @@ def test_bad_arguments_are_refused_with_one_clear_error(image):
         tiny("attention + grid_probe", patch_drop_rate=0.25)
     with pytest.raises(TypeError, match="mixr"):
         tiny(mixr="chela")
-    with pytest.raises(ValueError, match="attn_mask"):
+    with pytest.raises(TypeError, match="attn_mask"):
         tiny()(image, attn_mask=torch.ones(16, 16))
+    with pytest.raises(ValueError, match="attn_mask"):
+        tiny().get_intermediate_layers(image, attn_mask=torch.ones(16, 16))
     with pytest.raises(ValueError, match="is_causal"):
         tiny().forward_intermediates(image, is_causal=True)
     with pytest.raises(ValueError, match="output_fmt"):
