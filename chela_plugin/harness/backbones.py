@@ -64,6 +64,7 @@ def build(config: VisionBackbone | LanguageBackbone, data: Examples, mixer: str,
         embed_dim=config.dim,
         depth=config.depth,
         mixer=mixer,
+        weight_init=config.weight_init,
         # timm takes int(dim * ratio): half a unit keeps the product from rounding below the width that was asked for.
         mlp_ratio=(mlp_hidden + 0.5) / config.dim,
     )

@@ -68,6 +68,9 @@ class VisionBackbone(Strict):
     depth: int = Field(4, ge=1)
     patch_size: int = Field(1, ge=1)
     mlp_hidden: int = Field(256, ge=1, description="of the baseline; the other mixers' is searched for")
+    weight_init: Literal["", "reset"] = Field(
+        "", description="of all but the mixers: timm's default (std 0.02, meant for widths from 192) or torch's own"
+    )
 
 
 class LanguageBackbone(Strict):

@@ -66,9 +66,9 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 
 def test_dotted_overrides_reach_sections_lists_and_named_tasks(tiny):
     _, config = load_ablation(
-        tiny(), ["training.steps=7", "seeds=[3, 4]", "tasks.0.max_shift=0", "learning_rates.0=1e-4"]
+        tiny(), ["training.steps=7", "seeds=[3, 4]", "tasks.0.max_shift=2", "learning_rates.0=1e-4"]
     )
-    assert (config.training.steps, config.seeds, config.tasks[0].max_shift) == (7, [3, 4], 0)
+    assert (config.training.steps, config.seeds, config.tasks[0].max_shift) == (7, [3, 4], 2)
     assert config.learning_rates == [1e-4]
 
 
