@@ -41,9 +41,9 @@ class Chela(Mixer):
     Args:
         dim: channels D.
         causal: one-sided, or two-sided.
-        num_heads: H; default: heads of value width 128, or fewer channels where D is below 256.
+        num_heads: H; default: what `head_dim` gives, else heads of value width 128, or 64 where D is below 256.
+        head_dim: V, the value width of a head; default D / H (3 D / 4 H with `update_gate`, whose D^2 it pays).
         key_dim: K, the key width of a head; default: what is left of 4 D^2 parameters, about V / 2.
-        value_dim: V, the value width of a head; default D / H (3 D / 4 H with `update_gate`, whose D^2 it pays).
         short, long, norm, long_gain, dims, group_size, max_len: see `ShortLongConv`.
         norm: None chooses `scale` when causal and `batch` when not.
         decay: `data` (a decay for each token and head, as in Mamba-2), `none`, `fixed` (RetNet's), `learned` (one for
@@ -66,7 +66,7 @@ class Chela(Mixer):
         causal: bool,
         num_heads: int | None = None,
         key_dim: int | None = None,
-        value_dim: int | None = None,
+        head_dim: int | None = None,
         short: tuple[int, ...] = (3, 7),
         long: Literal["multiscale", "explicit", "modal", "implicit", "none"] = "multiscale",
         norm: Literal["scale", "batch"] | None = None,
@@ -94,7 +94,9 @@ class Chela(Mixer):
             )
         if not causal and decay != "none":
             raise ValueError(f"decay={decay} runs forward in time; a two-sided chela (causal=False) takes decay=none")
-        heads = num_heads or default_heads(dim)
+        if num_heads is None and head_dim is not None and dim % head_dim:
+            raise ValueError(f"dim {dim} is not divisible by head_dim {head_dim}; give num_heads too, or another width")
+        heads = num_heads or (dim // head_dim if head_dim else default_heads(dim))
         if dim % heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {heads}")
         self.num_heads, self.decay, self.phi, self.qk_from = heads, decay, FEATURE_MAPS[phi], qk_from
@@ -112,7 +114,7 @@ class Chela(Mixer):
             max_len=max_len,
             **factory,
         )
-        self.value_dim = value_dim or (max(dim * 3 // (4 * heads), 1) if update_gate else dim // heads)
+        self.value_dim = head_dim or (max(dim * 3 // (4 * heads), 1) if update_gate else dim // heads)
         values = heads * self.value_dim
         self.v = nn.Linear(dim, values, bias=False, **factory)
         self.g = nn.Linear(dim, values, bias=False, **factory) if gate else None

@@ -165,6 +165,7 @@ def test_bf16_runs_forward_and_backward():
     ("options", "message"),
     [
         ({"num_heads": 5}, "24 is not divisible by num_heads 5"),
+        ({"head_dim": 7}, "24 is not divisible by head_dim 7"),
         ({"causal": False, "decay": "data"}, "decay=none"),
         ({"phi": "cosine"}, "silu, identity"),
         ({"dims": 2}, "no causal form"),
