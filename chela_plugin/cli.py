@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def ablate(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Results folder; default: runs/ and the ablations' names.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side; default: one a processor, at most 8, one on a GPU.")
+    ] = None,
 ) -> None:
     """Train every mixer of an ablation on equal terms; the same command goes on where it was stopped."""
     from chela_plugin.harness.config import ConfigError, is_override, load_ablation
@@ -71,9 +75,9 @@ def ablate(
 
     from chela_plugin.harness.ablation import run_ablations
 
-    stopped_by = run_ablations(ablations, folder, console)
+    stopped_by = run_ablations(ablations, folder, console, workers)
     if stopped_by is not None:
-        again = " ".join(["chela ablate", *files, *(["--out", str(out)] if out else [])])
+        again = shlex.join(["chela", "ablate", *files, *(["--out", str(out)] if out else [])])
         _say(f"stopped; all progress is in {folder}. To go on, give the same command again:\n  {again}")
         raise typer.Exit(128 + stopped_by)
     if _report(folder):

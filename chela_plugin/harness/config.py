@@ -95,6 +95,7 @@ class Training(Strict):
     gradient_clip: float = Field(1.0, gt=0)
     evaluate_every: int = Field(ge=1, description="steps between readings of the validation split")
     accelerator: Literal["cpu", "cuda", "auto"] = "auto"
+    threads: int = Field(1, ge=1, description="CPU threads a run; runs side by side scale better than threads")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
     @model_validator(mode="after")

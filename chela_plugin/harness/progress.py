@@ -9,7 +9,7 @@ from rich.console import Console
 
 
 class PlainProgress:
-    """One line when a run starts, one when it ends."""
+    """One line when a run starts, one when it ends. Runs go by their labels; several may be under way."""
 
     def __init__(self, console: Console, total: int):
         self.console, self.total, self.done = console, total, 0
@@ -25,24 +25,26 @@ class PlainProgress:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, label: str, steps: int) -> None:
-        """A run begins."""
-        self.line(f"[{self.done + 1}/{self.total}] {label}")
+        """A run begins, or goes on."""
+        self.line(f"running {label}")
 
-    def step(self, step: int, loss: float) -> None:
-        """`step` steps of the run are done."""
+    def step(self, label: str, step: int, loss: float) -> None:
+        """`step` steps of a run are done."""
 
-    def finish(self, outcome: str) -> None:
-        """The run has ended."""
+    def finish(self, label: str, outcome: str) -> None:
+        """A run has ended."""
         self.done += 1
-        self.line(f"[{self.done}/{self.total}]   {outcome}")
+        self.line(f"[{self.done}/{self.total}] {label}: {outcome}")
 
-    def skip(self) -> None:
-        """A run was finished before."""
-        self.done += 1
+    def skip(self, count: int) -> None:
+        """Runs that were finished before."""
+        self.done += count
+        if count:
+            self.line(f"{count} of {self.total} runs were finished before")
 
 
 class BarProgress(PlainProgress):
-    """Two bars: runs, and the steps of the current one with its loss and time left."""
+    """A bar for the runs, and one for each run under way with its loss and time left."""
 
     def __init__(self, console: Console, total: int):
         super().__init__(console, total)
@@ -57,7 +59,7 @@ class BarProgress(PlainProgress):
             console=console,
         )
         self.runs: Any = self.bars.add_task("runs", total=total, loss="")
-        self.steps: Any = None
+        self.steps: dict[str, Any] = {}
 
     def __enter__(self) -> BarProgress:
         self.bars.start()
@@ -67,19 +69,19 @@ class BarProgress(PlainProgress):
         self.bars.stop()
 
     def start(self, label: str, steps: int) -> None:
-        self.steps = self.bars.add_task(label.replace("[", r"\["), total=steps, loss="")
+        self.steps[label] = self.bars.add_task(label.replace("[", r"\["), total=steps, loss="")
 
-    def step(self, step: int, loss: float) -> None:
-        self.bars.update(self.steps, completed=step, loss=f"loss {loss:.3f}")
+    def step(self, label: str, step: int, loss: float) -> None:
+        self.bars.update(self.steps[label], completed=step, loss=f"loss {loss:.3f}")
 
-    def finish(self, outcome: str) -> None:
-        self.bars.remove_task(self.steps)
+    def finish(self, label: str, outcome: str) -> None:
+        self.bars.remove_task(self.steps.pop(label))
         self.bars.advance(self.runs)
-        super().finish(outcome)
+        super().finish(label, outcome)
 
-    def skip(self) -> None:
-        self.bars.advance(self.runs)
-        super().skip()
+    def skip(self, count: int) -> None:
+        self.bars.advance(self.runs, count)
+        super().skip(count)
 
 
 def progress_for(console: Console, total: int) -> PlainProgress:

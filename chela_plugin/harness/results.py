@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -209,15 +208,9 @@ class ResultsFolder:
             raise _unwritable(log, error) from error
         self.records.append(record)
 
-    def cell(self, cell_id: str) -> Path:
-        """The folder of one run."""
-        path = self.path / "cells" / cell_id
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def drop_cell(self, cell_id: str) -> None:
-        """Remove a run's files: it starts over."""
-        shutil.rmtree(self.path / "cells" / cell_id, ignore_errors=True)
+    def drop_checkpoint(self, cell_id: str) -> None:
+        """Remove what an ended run doesn't need any more; its best weights stay."""
+        (self.path / "cells" / cell_id / "run.safetensors").unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -154,7 +154,7 @@ def _state(state: dict[str, Any] | None) -> str:
 
 def _conditions(config: dict[str, Any], records: Sequence[Record], ablation: str) -> str:
     training = config["training"]
-    devices = sorted({r["device"] for r in records if r["record"] == "run" and r["ablation"] == ablation})
+    devices = sorted({r["device"] for r in records if r["record"] == "run" and r["ablation"] == ablation} - {"none"})
     grid = ", ".join(f"{rate:g}" for rate in config["learning_rates"])
     return (
         f"Every mixer: {training['steps']:,} steps of {training['batch_size']} examples in the same order, "

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from chela_plugin.harness.backbones import bits, loss_sum
-from chela_plugin.harness.config import Training
+from chela_plugin.harness.config import ConfigError, Training
 from chela_plugin.harness.data_order import batch_rows, generator
 from chela_plugin.harness.extras import need
+from chela_plugin.harness.grid import score_rank
 from chela_plugin.harness.results import load_tensors, save_tensors
 from chela_plugin.harness.tasks import IGNORE, Examples
 
@@ -57,7 +58,7 @@ class Score:
 
     def rank(self, metric: str) -> tuple[float, float]:
         """Larger is better."""
-        return (self.metric if metric == "accuracy" else -self.metric, -self.loss)
+        return score_rank(metric, self.metric, self.loss)
 
 
 @dataclass
@@ -117,23 +118,29 @@ def evaluate(model: nn.Module, data: Examples, batch_size: int, device: torch.de
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Ask torch for deterministic algorithms; an operation that has none warns once and runs."""
+def reproducible(threads: int) -> Iterator[None]:
+    """Deterministic algorithms (an operation that has none warns and runs) on a fixed number of CPU threads.
+
+    The number of threads decides the order of sums, so results depend on it in their last bits.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    threads_before = torch.get_num_threads()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_num_threads(threads_before)
 
 
 def new_fabric(config: Training) -> Any:
-    """Lightning Fabric for one device. Raises ValueError where the device is not there."""
+    """Lightning Fabric for one device. Raises ConfigError where the device is not there."""
     need("lightning", "harness")
     from lightning.fabric import Fabric
 
     if config.accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.accelerator is cuda, and torch sees no CUDA device; use auto or cpu")
+        raise ConfigError("training.accelerator is cuda, and torch sees no CUDA device; use auto or cpu")
     accelerator = "cuda" if config.accelerator == "auto" and torch.cuda.is_available() else config.accelerator
     fabric = Fabric(accelerator="cpu" if accelerator == "auto" else accelerator, devices=1, precision=config.precision)
     fabric.launch()

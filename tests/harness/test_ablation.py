@@ -1,6 +1,8 @@
 """A whole ablation: equal terms, one reading of the test split, no run done twice, no failure that stops the others."""
 
 import json
+import multiprocessing
+import operator
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from chela_plugin.harness import ablation
+from chela_plugin.harness import ablation, cell, grid, workers
 from chela_plugin.harness.config import ConfigError, load_ablation
 from chela_plugin.harness.results import read_records
 from chela_plugin.registry import register_mixer
@@ -59,7 +61,7 @@ def test_every_run_of_a_task_has_equal_terms(tiny, ablate):
 
 def test_mixers_see_the_same_batches_in_the_same_order(tiny, ablate, monkeypatch):
     seen: dict[int, list] = {}
-    monkeypatch.setattr(ablation, "augment", lambda task, inputs, generator: seen_by(inputs))
+    monkeypatch.setattr(cell, "augment", lambda task, inputs, generator: seen_by(inputs))
     runs = iter(range(100))
 
     def seen_by(inputs):
@@ -67,14 +69,14 @@ def test_mixers_see_the_same_batches_in_the_same_order(tiny, ablate, monkeypatch
         return inputs
 
     current = [0]
-    train = ablation.training.run
+    train = cell.training.run
 
     def count(*args, **kwargs):
         current[0] = next(runs)
         seen[current[0]] = []
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(ablation.training, "run", count)
+    monkeypatch.setattr(cell.training, "run", count)
     ablate(tiny())
     assert len(seen) == 2
     assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
@@ -82,8 +84,8 @@ def test_mixers_see_the_same_batches_in_the_same_order(tiny, ablate, monkeypatch
 
 def test_the_test_split_is_read_after_all_training_and_once_for_each_seed(tiny, ablate, monkeypatch):
     asked = []
-    real = ablation.examples
-    monkeypatch.setattr(ablation, "examples", lambda task, split: asked.append(split) or real(task, split))
+    real = cell.examples
+    monkeypatch.setattr(cell, "examples", lambda task, split: asked.append(split) or real(task, split))
     path = tiny(learning_rates=[0.01, 0.0001], seeds=[0, 1])
     records = ablate(path)
     kinds = [r["record"] for r in records]
@@ -92,7 +94,7 @@ def test_the_test_split_is_read_after_all_training_and_once_for_each_seed(tiny, 
     for mixer in ("identity", "attention"):
         runs = [r for r in of_kind(records, "run") if r["mixer"] == mixer]
         chosen = {r["learning_rate"] for r in of_kind(records, "test") if r["mixer"] == mixer}
-        assert chosen == {ablation.choose_learning_rate(runs)}
+        assert chosen == {grid.choose_learning_rate(runs)}
     asked.clear()
     assert ablate(path) == records
     assert "test" not in asked
@@ -103,8 +105,8 @@ def test_the_learning_rate_is_chosen_by_mean_validation_and_missing_seeds_count_
         return {"learning_rate": rate, "seed": seed, "validation": validation, "validation_loss": 1.0, "metric": metric}
 
     runs = [run(1, 0, 0.9), run(1, 1, 0.7), run(2, 0, 0.81), run(2, 1, 0.82), run(3, 0, 0.99)]
-    assert ablation.choose_learning_rate(runs) == 2
-    assert ablation.choose_learning_rate([run(1, 0, 1.2, "bits_per_byte"), run(2, 0, 1.3, "bits_per_byte")]) == 1
+    assert grid.choose_learning_rate(runs) == 2
+    assert grid.choose_learning_rate([run(1, 0, 1.2, "bits_per_byte"), run(2, 0, 1.3, "bits_per_byte")]) == 1
 
 
 def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(tiny, ablate):
@@ -150,7 +152,8 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, abla
     path = tiny(training__steps=40, training__evaluate_every=20, checkpoint_seconds=0)
     whole = ablate(path, "whole")
     out = tmp_path / "parts"
-    command = [sys.executable, "-m", "chela_plugin.cli", "ablate", str(path), "--out", str(out)]
+    # Two processes side by side; the signal goes to the main one alone.
+    command = [sys.executable, "-m", "chela_plugin.cli", "ablate", str(path), "--workers", "2", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def start_and(send: signal.Signals) -> subprocess.CompletedProcess:
@@ -169,7 +172,8 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, abla
     assert f"chela ablate {path} --out {out}" in interrupted.stdout
     assert start_and(signal.SIGKILL).returncode == -signal.SIGKILL
     parts = ablate(path, "parts")
-    assert [comparable(r) for r in parts] == [comparable(r) for r in whole]
+    by_cell = operator.itemgetter("record", "cell")  # side by side, runs end in any order
+    assert [comparable(r) for r in sorted(parts, key=by_cell)] == [comparable(r) for r in sorted(whole, key=by_cell)]
     for best in Path(tmp_path / "whole").glob("cells/*/best.safetensors"):
         assert best.read_bytes() == (out / best.relative_to(tmp_path / "whole")).read_bytes()
 
@@ -178,3 +182,27 @@ def test_no_file_of_a_results_folder_is_a_pickle(tiny, ablate, tmp_path):
     ablate(tiny())
     suffixes = {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file() and "tfevents" not in p.name}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ""}
+
+
+def test_a_worker_that_dies_costs_its_own_cell_only(tiny, tmp_path):
+    changes = {"training__steps": 400, "training__evaluate_every": 400, "mixers": ["identity"], "baseline": "identity"}
+    name, config = load_ablation(tiny(seeds=[0, 1], **changes))
+    outcomes: dict[int, dict] = {}
+
+    class Events:
+        killed = False
+
+        def start(self, cell): ...
+
+        def step(self, cell, step, loss):
+            if not self.killed:
+                self.killed = True
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+        def done(self, cell, record):
+            outcomes[cell.seed] = record
+
+    workers.run_in_processes(grid.cells(name, config), {name: config}, tmp_path, 1, Events(), workers.Stop())
+    assert outcomes[0]["status"] == "failed"
+    assert outcomes[0]["reason"].startswith("the process of this run was killed by signal 9")
+    assert outcomes[1]["status"] == "finished"

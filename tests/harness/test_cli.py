@@ -32,7 +32,9 @@ def test_mixers_are_listed(chela):
 
 def test_ablate_ends_with_the_table_and_the_paths_and_report_checks_it(chela, tiny, tmp_path):
     out = tmp_path / "out"
-    code, text, err = chela("ablate", tiny(), "training.steps=4", "training.evaluate_every=2", "--out", out)
+    code, text, err = chela(
+        "ablate", tiny(), "training.steps=4", "training.evaluate_every=2", "--workers", 1, "--out", out
+    )
     assert code == 0, err
     for shown in ("minus attention", "curves.png", "report.html", "report.md"):
         assert shown in text
@@ -49,14 +51,14 @@ def test_two_ablations_share_a_folder_and_a_report(chela, tiny, tmp_path):
         tiny("one", mixers=["identity"], baseline="identity"),
         tiny("other", mixers=["identity"], baseline="identity"),
     )
-    code, text, err = chela("ablate", one, other, "training.steps=4", "--out", tmp_path / "out")
+    code, text, err = chela("ablate", one, other, "training.steps=4", "--workers", 1, "--out", tmp_path / "out")
     assert code == 0, err
     assert "one/digits" in text and "other/digits" in text
 
 
 def test_a_failed_run_shows_in_the_exit_code(chela, tiny, tmp_path):
     path = tiny(mixers=["attention", "identity"], baseline="identity", backbone__mlp_hidden=4)
-    code, text, _ = chela("ablate", path, "--out", tmp_path / "out")
+    code, text, _ = chela("ablate", path, "--workers", 1, "--out", tmp_path / "out")
     assert code == 1
     assert "UnmatchedParameters" in text
 
@@ -88,6 +90,6 @@ def test_a_results_folder_that_is_not_ours_is_refused(chela, tiny, tmp_path):
 def test_a_missing_optional_package_shows_the_pip_line(chela, tiny, tmp_path, monkeypatch, package):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
-    code, _, err = chela("ablate", tiny(), "--out", tmp_path / "out")
+    code, _, err = chela("ablate", tiny(), "--workers", 1, "--out", tmp_path / "out")
     assert code == 2
     assert f"{package} is not installed; run: pip install 'chela-plugin[harness]'" in err

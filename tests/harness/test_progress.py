@@ -13,12 +13,12 @@ def test_runs_and_loss_are_shown(terminal, kind):
     out = io.StringIO()
     with progress_for(Console(file=out, force_terminal=terminal, width=100, _environ={"TERM": "xterm"}), 2) as display:
         assert type(display) is kind
-        display.skip()
+        display.skip(1)
         display.start("digits | bidirectional(gla) | [x]", steps=10)
-        display.step(5, 1.25)
+        display.step("digits | bidirectional(gla) | [x]", 5, 1.25)
         if isinstance(display, BarProgress):
             display.bars.refresh()
-        display.finish("validation 0.9 [bold]")
+        display.finish("digits | bidirectional(gla) | [x]", "validation 0.9 [bold]")
     text = out.getvalue()
     assert "validation 0.9 [bold]" in text  # no markup is taken from a label or an error message
     assert "[2/2]" in text

@@ -1,0 +1,172 @@
+"""Runs single cells of one ablation: model, matched parameters, data, training, and the record of how it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from chela_plugin.harness import backbones, environment, training
+from chela_plugin.harness.config import Ablation, Strict
+from chela_plugin.harness.extras import MissingPackage
+from chela_plugin.harness.grid import Cell
+from chela_plugin.harness.results import Record, ResultsError, load_tensors
+from chela_plugin.harness.tasks import Examples, Split, augment, examples
+
+
+class Listener(Protocol):
+    """Hears how a run goes on, and may ask it to stop."""
+
+    def step(self, step: int, loss: float) -> None:
+        """`step` steps are done; `loss` is the last batch's."""
+
+    def stop(self) -> bool:
+        """Whether to save and stop now."""
+
+
+def origin(cell: Cell) -> Record:
+    """The start of a run's record: which cell, when, and by which code."""
+    record: Record = {"record": "run", **vars(cell)}
+    record["cell"] = record.pop("id")
+    record |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return record | {"versions": environment.versions(), "revision": environment.revision(), "device": "none"}
+
+
+class _Watcher:
+    """A listener, and TensorBoard for the scalars."""
+
+    def __init__(self, listener: Listener, board: Any):
+        self.step, self.stop, self.board = listener.step, listener.stop, board
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+
+class CellRunner:
+    """Runs cells of one ablation; what they share (data, parameter counts) is made once."""
+
+    def __init__(self, config: Ablation, folder: Path):
+        self.config, self.folder = config, folder
+        self.fabric = training.new_fabric(config.training)
+        self.tasks: dict[str, Strict] = {task.task: task for task in config.tasks}
+        self.data: Callable[[str, Split], Examples] = lru_cache(None)(self._read)
+        self.match: Callable[[str, str], backbones.Match] = lru_cache(None)(self._match)
+        self.target: Callable[[str], int] = lru_cache(None)(self._target)
+
+    def _read(self, task: str, split: Split) -> Examples:
+        return examples(self.tasks[task], split)  # type: ignore[arg-type]  # every Task is a Strict
+
+    def model(self, task: str, mixer: str, mlp_hidden: int) -> nn.Module:
+        """A model of one mixer for one task."""
+        return backbones.build(self.config.backbone, self.data(task, "train"), mixer, mlp_hidden)
+
+    def _target(self, task: str) -> int:
+        return backbones.parameters(self.model(task, self.config.baseline, self.config.backbone.mlp_hidden))
+
+    def _match(self, task: str, mixer: str) -> backbones.Match:
+        start, target = self.config.backbone.mlp_hidden, self.target(task)
+        if mixer == self.config.baseline:
+            return backbones.Match(start, target, 1.0)
+        return backbones.match_parameters(
+            lambda hidden: self.model(task, mixer, hidden), target, self.config.parameter_tolerance, start
+        )
+
+    def cell_folder(self, cell_id: str) -> Path:
+        """Where a run keeps its checkpoint and its best weights."""
+        path = self.folder / "cells" / cell_id
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def run(self, cell: Cell, listener: Listener) -> Record:
+        """One cell, from wherever it stands to its record; a failure is a record too.
+
+        Raises what ends the whole ablation: training.Interrupted, ResultsError (the disk), MissingPackage.
+        """
+        record = origin(cell)
+        try:
+            with training.reproducible(self.config.training.threads):
+                record |= {"device": environment.device_name(self.fabric.device)}
+                return record | self._train(cell, listener) | {"status": "finished"}
+        except (ResultsError, training.Interrupted, MissingPackage):
+            raise
+        except training.Diverged as error:
+            return record | {"status": "diverged", "reason": str(error)}
+        except Exception as error:
+            return record | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+
+    def _train(self, cell: Cell, listener: Listener) -> Record:
+        from torch.utils.tensorboard import SummaryWriter
+
+        task, config = self.tasks[cell.task], self.config
+        match = self.match(cell.task, cell.mixer)
+        train, validation = self.data(cell.task, "train"), self.data(cell.task, "validation")
+        probe = self.model(cell.task, cell.mixer, match.mlp_hidden)
+        language = config.backbone.kind == "language"
+        state = backbones.decoding_state(probe, config.backbone.dim) if language else None
+        tokens = backbones.tokens_per_example(config.backbone, train) * config.training.batch_size
+
+        def augmented(inputs: Tensor, generator: Any) -> Tensor:
+            return augment(task, inputs, generator)  # type: ignore[arg-type]  # every Task is a Strict
+
+        board = SummaryWriter(str(self.folder / "tensorboard" / cell.ablation / cell.task / cell.id))
+        try:
+            board.add_text("run", str(cell))
+            done = training.run(
+                lambda: self.model(cell.task, cell.mixer, match.mlp_hidden),
+                train,
+                validation,
+                augmented,
+                config.training,
+                learning_rate=cell.learning_rate,
+                seed=cell.seed,
+                folder=self.cell_folder(cell.id),
+                checkpoint_seconds=config.checkpoint_seconds,
+                fabric=self.fabric,
+                watcher=_Watcher(listener, board),
+            )
+        finally:
+            board.close()
+        chosen = done.history["step"].index(done.best_step)
+        return {
+            "metric": train.metric,
+            "validation": done.history["validation"][chosen],
+            "validation_loss": done.history["validation_loss"][chosen],
+            "best_step": done.best_step,
+            "steps": done.step,
+            "tokens": done.step * tokens,
+            "tokens_per_second": done.timed_steps * tokens / done.timed_seconds if done.timed_steps else None,
+            "seconds": done.seconds,
+            "peak_bytes": done.peak_bytes,
+            "history": done.history,
+            "parameters": match.parameters,
+            "parameter_ratio": match.ratio,
+            "mlp_hidden": match.mlp_hidden,
+            "state": vars(state) if state else None,
+            "path": backbones.paths(probe, self.fabric.device),
+            "data": {"train": train.sha256(), "validation": validation.sha256()},
+        }
+
+    def read_test(self, run: Record) -> Record:
+        """The test split's one reading, with the best weights of a finished run."""
+        path = self.cell_folder(run["cell"]) / "best.safetensors"
+        saved = load_tensors(path)
+        if saved is None:
+            raise ResultsError(
+                f"{path} is missing or damaged, and the test split was not read yet for {run['mixer']}; "
+                f"restore it, or remove the line of run {run['cell']} from results.jsonl"
+            )
+        with training.reproducible(self.config.training.threads):
+            model = self.model(run["task"], run["mixer"], run["mlp_hidden"])
+            model.load_state_dict(saved[0])
+            data = self.data(run["task"], "test")
+            score = training.evaluate(
+                self.fabric.setup(model), data, self.config.training.batch_size, self.fabric.device
+            )
+        record: Record = {"record": "test", "metric": data.metric, "test": score.metric, "test_loss": score.loss}
+        record |= {key: run[key] for key in ("ablation", "task", "mixer", "seed", "learning_rate", "cell")}
+        return record | {"data": {"test": data.sha256()}}
