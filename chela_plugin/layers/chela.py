@@ -3,6 +3,7 @@
     Z = SiLU(S(X))                                   short-long convolution
     q = phi(Z Wq), k = phi(Z Wk), v = SiLU(X Wv)     H heads, key width K, value width V
     O_t = sum_s exp(g_t - g_s) (q_t . k_s) v_s       causal: s <= t; g the cumulative log decay, 0 without one
+    O_t += d_h v_t                                   Mamba's D (arXiv:2312.00752), one for each head
     Y = (RMSNorm_head(O) * SiLU(Z Wg)) Wo
     update_gate: U = sigmoid(Z Wu), U * Y + (1 - U) * X          (MEGA, arXiv:2209.10655, equation 14)
 
@@ -11,7 +12,6 @@ Dim suffixes: B batch, T tokens, D channels, H heads, K key width, V value width
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 
-from .long_kernel import no_weight_decay, precise
+from .long_kernel import decay_init, no_weight_decay, precise
 from .mixer import Cache, Mixer
 from .short_long_conv import ShortLongConv
 
@@ -51,6 +51,8 @@ class Chela(Mixer):
         phi: feature map of q and k.
         qk_from: 'z' as in the paper; 'x' for ablations.
         gate: False leaves out SiLU(Z Wg).
+        skip: False leaves out d v_t. With it a token's own value passes from the first step on, while q and k still
+            have to learn what to look for.
         update_gate: MEGA's update gate.
         depth: number of blocks of the host; scales the output projection's initial weights by (2 depth)^-0.5.
         layer_idx: accepted because every mixer factory takes it; all layers are alike here.
@@ -78,6 +80,7 @@ class Chela(Mixer):
         phi: Literal["silu", "identity", "elu1", "relu", "l2"] = "silu",
         qk_from: Literal["z", "x"] = "z",
         gate: bool = True,
+        skip: bool = True,
         update_gate: bool = False,
         depth: int | None = None,
         layer_idx: int | None = None,
@@ -100,6 +103,7 @@ class Chela(Mixer):
         if dim % heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {heads}")
         self.num_heads, self.decay, self.phi, self.qk_from = heads, decay, FEATURE_MAPS[phi], qk_from
+        self.phi_name = phi
         self.depth = depth
         self.uses_grid = dims == 2
         self.conv = ShortLongConv(
@@ -123,7 +127,8 @@ class Chela(Mixer):
         self.head_norm = nn.Parameter(torch.empty(heads, self.value_dim, **factory))
         if decay == "data":
             self.dt = nn.Linear(dim, heads, **factory)
-        if decay in ("data", "learned"):
+        self.skip = no_weight_decay(nn.Parameter(torch.empty(heads, **factory))) if skip else None
+        if decay == "learned":
             self.log_rate = no_weight_decay(nn.Parameter(torch.empty(heads, **factory)))
         spent = sum(p.numel() for p in self.parameters())
         self.key_dim = key_dim or default_key_dim(dim, heads, spent)
@@ -142,14 +147,14 @@ class Chela(Mixer):
             self.proj.weight.mul_((2 * self.depth) ** -0.5)
         self.conv.reset_parameters()
         nn.init.ones_(self.head_norm)
+        if self.skip is not None:
+            nn.init.ones_(self.skip)
         if self.decay == "data":
-            # Mamba-2's ranges (arXiv:2405.21060): rates 1 to 16 times steps of 0.001 to 0.1, log-uniform, through
-            # softplus.
+            # Each head forgets over a time of its own, 1 to 256 tokens: softplus(bias) is 1 / time. Mamba-2's random
+            # ranges need many heads to cover near and far; here there are few.
             nn.init.normal_(self.dt.weight, std=0.1 * self.dim**-0.5)
-            step = torch.empty_like(self.dt.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
-            self.dt.bias.copy_(step + torch.log(-torch.expm1(-step)))
-            nn.init.uniform_(self.log_rate, 1, 16)
-            self.log_rate.log_()
+            rate = 1 / decay_init(self.num_heads, 1, 256, device=self.dt.bias.device)
+            self.dt.bias.copy_(rate + torch.log(-torch.expm1(-rate)))
         elif self.decay == "learned":
             self.log_rate.copy_(fixed_log_decay(self.num_heads, device=self.log_rate.device).neg().log())
 
@@ -161,7 +166,7 @@ class Chela(Mixer):
             return fixed_log_decay(self.num_heads, device=x.device).to(precise(x[:0]).dtype)
         if self.decay == "learned":
             return -precise(self.log_rate).exp()
-        log_decay = -precise(self.log_rate).exp() * F.softplus(precise(self.dt(x)))
+        log_decay = -F.softplus(precise(self.dt(x)))
         return log_decay if mask is None else log_decay * mask[..., None]
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
@@ -173,6 +178,8 @@ class Chela(Mixer):
         k = self.phi(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)))
         v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
         o = self.attend(q, k, v, self.log_decay(x, mask), cache)
+        if self.skip is not None:
+            o = o + self.skip.to(v.dtype)[:, None] * v
         y = F.rms_norm(o, (self.value_dim,), eps=1e-5) * self.head_norm.to(o.dtype)
         y = y.flatten(-2)
         if self.g is not None:
@@ -205,6 +212,12 @@ class Chela(Mixer):
         """Fold the convolution's branches, in place; for inference."""
         self.conv.reparameterize()
         return self
+
+    def plain(self) -> nn.Module:
+        """The same weights in a form that TorchScript compiles (`plain.py`); two-sided mixers only."""
+        from .plain import plain_chela
+
+        return plain_chela(self)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, decay={self.decay}"

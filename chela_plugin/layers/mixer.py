@@ -9,6 +9,7 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
     reset_parameters()                                                                   (every weight of the mixer)
     path(device) -> str                                                                  (which implementation runs)
     uses_grid: bool                                                                      (if True, hosts pass `grid`)
+    plain() -> nn.Module                                            (optional: same weights, a form that TorchScript compiles)
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Mixer(nn.Module):
     Raises ValueError for arguments that contradict each other or that this mixer can't honour.
     """
 
-    uses_grid: bool = False
+    uses_grid = False  # no annotation: TorchScript can't read one here
 
     def __init__(self, dim: int, *, causal: bool):
         super().__init__()
@@ -51,6 +52,13 @@ class Mixer(nn.Module):
     def path(self, device: torch.device | str) -> str:
         """Name of the implementation that runs on `device`: 'torch', 'reference', 'triton', 'sdpa', 'fla', ..."""
         return "torch"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles in place of this module; without a plain form an error that says so."""
+        raise TypeError(
+            f"{type(self).__name__} can't be compiled by TorchScript: chela, conv, attention and identity can, in a "
+            "model created under timm's scriptable=True; torch.compile and torch.export take every mixer"
+        )
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
         raise NotImplementedError(f"{type(self).__name__} cannot decode token by token")

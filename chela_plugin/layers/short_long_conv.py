@@ -20,6 +20,7 @@ from .mixer import Cache
 class BranchNorm(nn.BatchNorm1d):
     """BatchNorm over the tokens of `[B, T, D]`, skipping padding; folds into the branch's taps after training."""
 
+    @torch.jit.unused
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None or not self.training:
             return super().forward(x.flatten(0, -2)).view_as(x)

@@ -14,7 +14,7 @@ VARIANTS = [
     {},
     {"decay": "none", "phi": "elu1"},
     {"decay": "fixed", "phi": "relu", "norm": "batch"},
-    {"decay": "learned", "phi": "l2", "gate": False},
+    {"decay": "learned", "phi": "l2", "gate": False, "skip": False},
     {"update_gate": True, "qk_from": "x", "phi": "identity", "num_heads": 3},
 ]
 
@@ -40,6 +40,8 @@ def by_the_formula(mixer, x):
         seen_before = torch.ones(tokens, tokens, dtype=torch.bool).tril()
         scores = scores * (g[..., :, None] - g[..., None, :]).masked_fill(~seen_before, -torch.inf).exp()
     o = torch.einsum("bhts,bshv->bthv", scores, v)
+    if mixer.skip is not None:
+        o = o + mixer.skip[:, None] * v
     y = (F.rms_norm(o, o.shape[-1:], eps=1e-5) * mixer.head_norm).flatten(-2)
     y = mixer.proj(y if mixer.g is None else y * F.silu(mixer.g(z)))
     if mixer.u is None:
