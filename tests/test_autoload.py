@@ -66,6 +66,27 @@ def test_a_half_loaded_transformers_is_waited_for_and_needs_no_further_import():
     assert output(program).split() == ["True", "chela", "ChelaForCausalLM"]
 
 
+def test_a_tokenizer_does_not_wait_for_the_models():
+    """They import transformers' own model classes: 1.6 s that this line would otherwise take longer."""
+    program = """
+        from transformers import AutoConfig, AutoTokenizer
+        from sys import modules
+        print(AutoConfig.for_model('chela').model_type, 'chela_plugin.lm.model' in modules)
+    """
+    assert output(program).split() == ["chela", "False"]
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_importing_the_package_registers_models_too(switch):
+    program = """
+        import chela_plugin.lm
+        from transformers import AutoModel
+        config = chela_plugin.lm.ChelaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=9, mixer='identity')
+        print(type(AutoModel.from_config(config)).__name__, chela_plugin.lm.ChelaModel.__name__)
+    """
+    assert output(program, CHELA_AUTOLOAD=switch).split() == ["ChelaModel", "ChelaModel"]
+
+
 def test_with_chela_autoload_0_transformers_does_not_know_chela():
     program = "from transformers import AutoConfig; AutoConfig.for_model('chela')"
     assert "Unrecognized model identifier: chela" in run(program, CHELA_AUTOLOAD="0").stderr

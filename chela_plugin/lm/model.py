@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -280,3 +280,8 @@ def _own_part(attention_mask: Tensor | None, batch: int, length: int, seen: int)
             + f", got {list(attention_mask.shape)}; masks between pairs of tokens (3-D, 4-D) are not supported"
         )
     return attention_mask[:, -length:]
+
+
+# In place of the stand-ins of auto.py.
+AutoModel.register(ChelaConfig, ChelaModel, exist_ok=True)
+AutoModelForCausalLM.register(ChelaConfig, ChelaForCausalLM, exist_ok=True)
