@@ -5,12 +5,14 @@ The formula stands in `reference.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import reference
 
@@ -29,7 +31,26 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
     asked = os.environ.get("CHELA_BACKEND", "")
     if asked not in ("", "reference", "triton"):
         raise ValueError(f"CHELA_BACKEND must be 'reference' or 'triton', got {asked!r}")
-    return "reference"
+    if asked == "reference" or dtype == torch.float64:
+        return "reference"
+    runs = _triton_installed() and (
+        torch.device(device).type == "cuda" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+    )
+    if asked == "triton" and not runs:
+        raise RuntimeError(
+            "CHELA_BACKEND=triton, but Triton needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on a CPU"
+        )
+    return "triton" if runs else "reference"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    """Triton with tensor descriptors, 3.4 or newer."""
+    try:
+        import triton.language
+    except ImportError:
+        return False
+    return hasattr(triton.language, "make_tensor_descriptor")
 
 
 def linear_attention(
@@ -72,10 +93,15 @@ def linear_attention(
     """
     check_inputs(q, k, v, log_decay, causal, scale, initial_state, cu_seqlens, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if mask is not None:
+    triton = backend(q.device, q.dtype) == "triton"
+    if mask is not None and (causal or not triton):
         k = k.masked_fill(~mask[..., None, None], 0.0)
         if log_decay is not None:
             log_decay = log_decay.expand(*q.shape[:3]).masked_fill(~mask[..., None], 0.0)
+        mask = None
+    if triton:
+        o, state = _triton(q, k, v, log_decay, causal, scale, initial_state, output_final_state, cu_seqlens, mask)
+        return o, state if output_final_state else None
     if cu_seqlens is not None:
         o, state = reference.packed(q, k, v, log_decay, scale, initial_state, cu_seqlens.tolist(), causal)
     elif causal:
@@ -83,6 +109,42 @@ def linear_attention(
     else:
         o, state = reference.bidirectional(q, k, v, scale, initial_state)
     return o, state if output_final_state else None
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    causal: bool,
+    scale: float,
+    initial_state: Tensor | None,
+    want_state: bool,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from . import ops
+
+    K, V = q.shape[3], v.shape[3]
+    row = 16 // q.element_size()  # tensor descriptors move rows of whole 16 bytes
+    pad_K, pad_V = -K % row, -V % row
+    if pad_K or pad_V:
+        q, k, v = pad(q, (0, pad_K)), pad(k, (0, pad_K)), pad(v, (0, pad_V))
+        initial_state = None if initial_state is None else pad(initial_state, (0, pad_V, 0, pad_K))
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state)
+    )
+    # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launch.
+    run = ops.forward_op if save or _traced(q) else ops.forward
+    o, state, _ = run(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, want_state, save)
+    if pad_K or pad_V:
+        return o[..., :V], state[..., :K, :V] if want_state else state
+    return o, state
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether something records operators instead of running them."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def linear_attention_step(
@@ -93,6 +155,7 @@ def linear_attention_step(
     Args:
         q, k: `[B, H, K]`; v: `[B, H, V]`; one dtype, widths up to 256.
         state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs); it is not modified.
+        Where a gradient is asked for, plain PyTorch runs; training goes through `linear_attention`.
         log_decay: `[H]` or `[B, H]`, at most 0.
         scale: factor on the output; default K ** -0.5.
 
@@ -114,7 +177,13 @@ def linear_attention_step(
     else:
         check_inputs(q[:, None], k[:, None], v[:, None], log_decay, True, scale, state, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return reference.step(q, k, v, state, log_decay, scale)
+    tensors = (q, k, v, state, log_decay)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if learns or backend(q.device, q.dtype) == "reference":
+        return reference.step(q, k, v, state, log_decay, scale)
+    from . import ops
+
+    return (ops.step_op if _traced(q) else ops.step)(q, k, v, state, log_decay, scale)
 
 
 def check_inputs(
@@ -168,6 +237,8 @@ def check_inputs(
             )
     rows = batch
     if cu_seqlens is not None:
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
         rows = len(cu_seqlens) - 1
         _check_cuts(cu_seqlens, batch, time, mask)
     if initial_state is not None:

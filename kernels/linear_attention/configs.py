@@ -38,7 +38,7 @@ def _table() -> dict[tuple[str, int, bool], Blocks]:
 
 @functools.cache
 def blocks_for(kernel: str, key_width: int, value_width: int, element_size: int, decay: bool) -> Blocks:
-    """Blocks of `kernel` ('forward', 'backward', 'gather' or 'bidirectional') for these widths.
+    """Blocks of `kernel` (a pass in the table) for these widths.
 
     fp32 products run on the ordinary cores, from shared memory: small chunks, one stage.
     """
@@ -55,4 +55,18 @@ def segment_size(rows: int, heads: int, time: int, columns: int) -> int:
         return time
     pieces = min(-(-TARGET_PROGRAMS // programs), time // SHORTEST_SEGMENT)
     size = -(-time // pieces)
+    return -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
+
+
+def fits_one_program(row_bytes: int) -> bool:
+    """Whether one program can do both passes of a bidirectional sequence: its tiles must fit the shared memory."""
+    return row_bytes <= 256
+
+
+def bidirectional_segment_size(rows: int, heads: int, time: int, row_bytes: int) -> int:
+    """As `segment_size`, but sequences that do not fit one program are cut wherever that makes more programs."""
+    programs = rows * heads
+    if programs >= (ENOUGH_PROGRAMS if fits_one_program(row_bytes) else TARGET_PROGRAMS) or time < 2 * SHORTEST_SEGMENT:
+        return time
+    size = -(-time // min(-(-TARGET_PROGRAMS // programs), time // SHORTEST_SEGMENT))
     return -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE

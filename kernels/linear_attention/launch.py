@@ -13,12 +13,13 @@ from torch import Tensor
 
 from . import triton as kernels
 from . import triton_bidirectional as both
-from .configs import Blocks, blocks_for, segment_size
+from .configs import Blocks, bidirectional_segment_size, blocks_for, fits_one_program, segment_size
 
 DECAY_NONE, DECAY_STATIC, DECAY_PER_TOKEN = 0, 1, 2
 SCAN_BLOCK = 1024
 DECAY_TILE = 1024
 STEP_COLUMNS = 32
+PAIR_WIDTH = 64  # up to here dk and dv come from one program
 
 
 class Cut(NamedTuple):
@@ -46,21 +47,38 @@ class Cut(NamedTuple):
         return self.owner is not None
 
 
+def count_segments(q: Tensor, cu_seqlens: Tensor | None, size: int) -> int:
+    """Segments in all. Packed sequences have their lengths on the device: there it is as many as there can be."""
+    batch, time = q.shape[:2]
+    if cu_seqlens is None:
+        return batch * triton.cdiv(time, size)
+    rows = cu_seqlens.shape[0] - 1
+    return rows if size >= time else time // size + rows
+
+
 def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
     """Cut every sequence into segments of `size` tokens; `size >= T` leaves them whole."""
     batch, time = q.shape[:2]
+    segments = count_segments(q, cu_seqlens, size)
+    size = min(size, time)
     if cu_seqlens is None:
-        per_row = triton.cdiv(time, size)
-        return Cut(batch, batch * per_row, size if per_row > 1 else time, per_row, None, None, None)
+        return Cut(batch, segments, size, segments // batch, None, None, None)
     rows = cu_seqlens.shape[0] - 1
-    if size >= time:
-        return Cut(rows, rows, time, 1, cu_seqlens, None, None)
-    segments = time // size + rows  # at least as many as there can be; lengths are on the device
+    if segments == rows:
+        return Cut(rows, rows, size, 1, cu_seqlens.contiguous(), None, None)
     table = torch.zeros(segments, 2, dtype=torch.int64, device=q.device)
     owner = torch.zeros(segments, dtype=torch.int32, device=q.device)
     first = torch.empty(rows + 1, dtype=torch.int64, device=q.device)
-    kernels.segment_table[(rows,)](cu_seqlens, table, owner, first, rows, size, BLOCK=256)
+    kernels.segment_table[(rows,)](cu_seqlens.contiguous(), table, owner, first, rows, size, BLOCK=256)
     return Cut(rows, segments, size, 1, table, owner, first)
+
+
+def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: bool) -> int:
+    """Segment size of the causal kernels, one for both passes: backward starts from the states of forward."""
+    batch, time, heads, K = q.shape
+    V = v.shape[3]
+    columns = min(blocks_for("forward", K, V, q.element_size(), decay).columns, width_block(V))
+    return segment_size(batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, time, triton.cdiv(V, columns))
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -90,27 +108,29 @@ def width_block(width: int) -> int:
 
 
 class Decay(NamedTuple):
-    """The decay as kernels take it. kind: none, static, per token. g: chunk-wise running sums `[H, B * T]`, base 2."""
+    """The decay as kernels take it. kind: none, static, per token. g: running sums by chunk, `[H, stride]`, base 2."""
 
     kind: int
     log_decay: Tensor
     g: Tensor
+    stride: int
 
 
 def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Decay:
     if log_decay is None:
-        return Decay(DECAY_NONE, q, q)
+        return Decay(DECAY_NONE, q, q, 0)
     if log_decay.dim() == 1:
-        return Decay(DECAY_STATIC, log_decay.contiguous(), q)
+        return Decay(DECAY_STATIC, log_decay.contiguous(), q, 0)
     batch, time, heads = log_decay.shape
-    g = torch.empty(heads, batch * time, dtype=torch.float32, device=q.device)
+    stride = (triton.cdiv(batch * time, chunk) + plan.segments) * chunk
+    g = torch.empty(heads, stride, dtype=torch.float32, device=q.device)
     grid = (plan.segments, triton.cdiv(plan.size, chunk))
     kernels.cumulative_decay[grid](
-        log_decay, g, _or(plan.cuts, q), time, heads, plan.size, plan.per_row, *log_decay.stride(), batch * time,
+        log_decay, g, _or(plan.cuts, q), time, heads, plan.size, plan.per_row, *log_decay.stride(), stride,
         VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, triton.next_power_of_2(heads)),
         num_warps=4,
     )  # fmt: skip
-    return Decay(DECAY_PER_TOKEN, log_decay, g)
+    return Decay(DECAY_PER_TOKEN, log_decay, g, stride)
 
 
 def causal_forward(
@@ -132,7 +152,7 @@ def causal_forward(
     blocks = blocks_for("forward", K, V, q.element_size(), log_decay is not None)
     columns = min(blocks.columns, width_block(V))
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan = cut(q, cu_seqlens, segment_size(rows, heads, time, triton.cdiv(V, columns)))
+    plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
     final = _states(q, rows if want_state else 0, heads, K, V)
@@ -149,7 +169,7 @@ def causal_forward(
             saved = carry
     o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     kernels.forward[(plan.segments * heads * triton.cdiv(V, columns),)](
-        q, k, v, o, decay.log_decay, decay.g, batch * time, _or(carry, final), ends, _or(plan.cuts, q), scale,
+        q, k, v, o, decay.log_decay, decay.g, decay.stride, _or(carry, final), ends, _or(plan.cuts, q), scale,
         time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=decay.kind, CARRY=carry is not None,
         END=(saved.numel() > 0 and log_decay is None) if plan.two_levels else want_state,
@@ -177,12 +197,10 @@ def causal_backward(
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
     V = v.shape[3]
-    element = q.element_size()
-    forward_columns = min(blocks_for("forward", K, V, element, log_decay is not None).columns, width_block(V))
-    blocks = blocks_for("backward", K, V, element, log_decay is not None)
+    blocks = blocks_for("backward", K, V, q.element_size(), log_decay is not None)
     XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan = cut(q, cu_seqlens, segment_size(rows, heads, time, triton.cdiv(V, forward_columns)))
+    plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
@@ -204,14 +222,16 @@ def causal_backward(
     dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     dots = torch.empty(2, k_columns if decay.kind else 0, heads, batch * time, dtype=torch.float32, device=q.device)
-    grid = (plan.segments * heads * (2 * k_columns + triton.cdiv(V, XV)),)
+    pair = max(K, V) <= PAIR_WIDTH
+    roles = k_columns + 1 if pair else 2 * k_columns + triton.cdiv(V, XV)
+    grid = (plan.segments * heads * roles,)
     kernels.backward[grid](
-        q, k, v, do, dq, dk, dv, dots[0], dots[1], decay.log_decay, decay.g, batch * time, _or(before, final),
-        _or(after, final), dinitial, _or(plan.cuts, q), scale, time, heads, plan.size, plan.per_row,
+        q, k, v, do, dq, dk, dv, dots[0], dots[1], batch * time, decay.log_decay, decay.g, decay.stride,
+        _or(before, final), _or(after, final), dinitial, _or(plan.cuts, q), scale, time, heads, plan.size, plan.per_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
         BEFORE=before is not None, AFTER=after is not None, END=initial_state is not None and not plan.two_levels,
-        AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        PAIR=pair, AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     if log_decay is None:
@@ -256,10 +276,11 @@ def _segment_starts(
     states = _states(a, plan.segments, heads, W, X)
     totals = torch.empty(plan.segments, heads, dtype=torch.float32, device=a.device)
     kernels.gather[(plan.segments * heads * triton.cdiv(X, columns),)](
-        a, b, states, totals, decay.log_decay, decay.g, a.shape[0] * time, a, _or(plan.cuts, a), time, heads, plan.size,
+        a, b, states, totals, decay.log_decay, decay.g, decay.stride, a, _or(plan.cuts, a), time, heads, plan.size,
         plan.per_row, *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
-        DECAY=decay.kind, REVERSE=reverse, MASK=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
-        PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+        DECAY=decay.kind, REVERSE=reverse, MASK=False, SKIP=final is None and not plan.table,
+        VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(a.dtype), STAGES=blocks.stages,
+        num_warps=blocks.warps,
     )  # fmt: skip
     parts = triton.cdiv(W * X, SCAN_BLOCK)
     inner = None if before is None else totals.new_zeros(parts, plan.segments, heads)
@@ -287,19 +308,25 @@ def bidirectional_forward(
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
-    blocks, plan = _bidirectional_plan(q, v, cu_seqlens)
+    blocks, plan, fused = _bidirectional_plan(q, v, cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    fused = not plan.two_levels
     state = _states(q, plan.rows if want_state or not fused else 0, heads, K, V)
-    if not fused:
-        _sum_segments(k, v, plan, blocks.chunk, mask, initial_state, 1.0, [(state, 1.0)])
     o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
-    both.forward[(plan.segments * heads,)](
-        q, k, v, o, state, _or(initial_state, state), _bytes(mask, q), _or(plan.cuts, q), _or(plan.owner, q), scale,
-        time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, FUSED=fused, INITIAL=initial_state is not None,
-        END=want_state, MASK=mask is not None, VARLEN=plan.cuts is not None, TABLE=plan.table,
-        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    if fused:
+        both.forward[(plan.rows * heads,)](
+            q, k, v, o, state, _or(initial_state, state), _bytes(mask, q), _or(plan.cuts, q), scale, time, heads,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K=K, V=V, BK=width_block(K), BV=width_block(V),
+            BT=blocks.chunk, INITIAL=initial_state is not None, END=want_state, MASK=mask is not None,
+            VARLEN=plan.cuts is not None, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+        )  # fmt: skip
+        return o, state
+    _sum_segments(k, v, plan, blocks.chunk, mask, initial_state, 1.0, [(state, 1.0)])
+    blocks = blocks_for("read", K, V, q.element_size(), False)
+    columns = min(blocks.columns, width_block(V))
+    both.read_forward[(plan.segments * heads * triton.cdiv(V, columns),)](
+        q, o, state, _or(plan.cuts, q), _or(plan.owner, q), scale, time, heads, plan.size, plan.per_row,
+        *q.stride()[:3], K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, VARLEN=plan.cuts is not None,
+        TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     return o, state if want_state else state.new_empty(0)
 
@@ -321,33 +348,43 @@ def bidirectional_backward(
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
     V = v.shape[3]
-    blocks, plan = _bidirectional_plan(q, v, cu_seqlens)
+    blocks, plan, fused = _bidirectional_plan(q, v, cu_seqlens)
     dstate = None if dstate is None else dstate.contiguous()
-    fused = not plan.two_levels
     dinitial = _states(q, 0 if initial_state is None else plan.rows, heads, K, V)
-    R = dstate
-    if not fused:
-        R = _states(q, plan.rows, heads, K, V)
-        outs = [(R, 1.0)] + ([] if initial_state is None else [(dinitial, scale)])
-        _sum_segments(q, do, plan, blocks.chunk, None, dstate, 1.0 / scale, outs)
     dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
-    both.backward[(plan.segments * heads,)](
-        q, k, v, do, dq, dk, dv, state, _or(R, state), dinitial, _bytes(mask, q), _or(plan.cuts, q),
-        _or(plan.owner, q), scale, time, heads, plan.size, plan.per_row,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, FUSED=fused, DSTATE=dstate is not None,
-        END=initial_state is not None, MASK=mask is not None, VARLEN=plan.cuts is not None, TABLE=plan.table,
-        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+    if fused:
+        both.backward[(plan.rows * heads,)](
+            q, k, v, do, dq, dk, dv, state, _or(dstate, state), dinitial, _bytes(mask, q), _or(plan.cuts, q), scale,
+            time, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, DSTATE=dstate is not None,
+            END=initial_state is not None, MASK=mask is not None, VARLEN=plan.cuts is not None,
+            PRECISION=precision(q.dtype), STAGES=min(blocks.stages, 2), num_warps=blocks.warps,
+        )  # fmt: skip
+        return dq, dk, dv, dinitial
+    R = _states(q, plan.rows, heads, K, V)
+    outs = [(R, 1.0)] + ([] if initial_state is None else [(dinitial, scale)])
+    _sum_segments(q, do, plan, blocks.chunk, None, dstate, 1.0 / scale, outs)
+    blocks = blocks_for("read", K, V, q.element_size(), False)
+    XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
+    both.read_backward[(plan.segments * heads * (2 * triton.cdiv(K, XK) + triton.cdiv(V, XV)),)](
+        k, v, do, dq, dk, dv, state, R, _bytes(mask, q), _or(plan.cuts, q), _or(plan.owner, q), scale, time, heads,
+        plan.size, plan.per_row, *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, MASK=mask is not None,
+        VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages,
+        num_warps=blocks.warps,
     )  # fmt: skip
     return dq, dk, dv, dinitial
 
 
-def _bidirectional_plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Blocks, Cut]:
+def _bidirectional_plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Blocks, Cut, bool]:
+    """Blocks, segments, and whether one program does a whole sequence and head."""
     batch, time, heads, K = q.shape
-    blocks = blocks_for("bidirectional", K, v.shape[3], q.element_size(), False)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return blocks, cut(q, cu_seqlens, segment_size(rows, heads, time, 1))
+    row_bytes = max(K, v.shape[3]) * q.element_size()
+    plan = cut(q, cu_seqlens, bidirectional_segment_size(rows, heads, time, row_bytes))
+    fused = not plan.two_levels and fits_one_program(row_bytes)
+    return blocks_for("bidirectional", K, v.shape[3], q.element_size(), False), plan, fused
 
 
 def _sum_segments(
@@ -369,7 +406,7 @@ def _sum_segments(
     kernels.gather[(plan.segments * heads * triton.cdiv(X, columns),)](
         a, b, states, states, a, a, 0, _bytes(mask, a), _or(plan.cuts, a), time, heads, plan.size, plan.per_row,
         *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
-        REVERSE=False, MASK=mask is not None, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        REVERSE=False, MASK=mask is not None, SKIP=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     first, factor = outs[0]

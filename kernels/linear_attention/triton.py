@@ -25,7 +25,7 @@ Where sequences are too few to fill the card, each is cut into segments and ther
     walk:    every segment from its start state                   (all segments in parallel)
 
 Decay: `g` is the running sum of log_decay (in base 2) from the start of a chunk, so w(x, y) = exp2(g_x - g_y); only
-differences at or below 0 are ever exponentiated. Loads and stores go through tensor descriptors, which clip at a
+differences at or below 0 are ever used. Loads and stores go through tensor descriptors, which clip at a
 segment's end. Every offset that can pass 2^31 elements is int64.
 """
 
@@ -95,38 +95,56 @@ def _checked(log_decay):
 
 
 @triton.jit
+def _decay_place(p, token, BT: tl.constexpr):
+    """Where the running sums of segment p stand in `g`: every chunk is whole there, so that its address is aligned."""
+    return (tl.cdiv(token, BT) + p) * BT
+
+
+@triton.jit
 def cumulative_decay(log_decay, g, cuts, T, H, SEG, SEGMENTS, stride_b, stride_t, stride_h, g_stride,
                      VARLEN: tl.constexpr, TABLE: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """`g[h, row * T + t]`: running sum of log_decay in base 2 from the start of the chunk. A program a chunk."""
-    row, start, n = _segment(tl.program_id(0), cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
+    """`g[h, :]`: running sums of log_decay in base 2 from the start of each chunk; constant past the segment's end.
+
+    A program is a chunk."""
+    p = tl.program_id(0)
+    row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
     t0 = tl.program_id(1) * BT
     if t0 >= n:
         return
     t = t0 + tl.arange(0, BT)
+    place = _decay_place(p, row * T + start, BT) + t
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        live = (t < n)[:, None] & (h < H)[None, :]
         at = row * stride_b + (start + t)[:, None] * stride_t + h[None, :] * stride_h
-        d = _checked(tl.load(log_decay + at, live, other=0.0).to(tl.float32))
-        tl.store(g + h[None, :] * g_stride + (row * T + start + t)[:, None], tl.cumsum(d, 0), live)
+        d = _checked(tl.load(log_decay + at, (t < n)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32))
+        tl.store(g + h[None, :] * g_stride + place[:, None], tl.cumsum(d, 0), (h < H)[None, :])
 
 
 @triton.jit
-def _chunk_decay(log_decay, g, t0, n, DECAY: tl.constexpr, BT: tl.constexpr):
-    """`g` at each place of the chunk at t0 (constant past the end), and at its end. `g` points at the segment."""
-    t = tl.minimum(t0 + tl.arange(0, BT), n - 1)
-    if DECAY == 1:
-        return log_decay * (t - t0 + 1).to(tl.float32), log_decay * tl.minimum(n - t0, BT).to(tl.float32)
+def _sums(g, n, DECAY: tl.constexpr, BT: tl.constexpr):
+    """Tiles of the running sums of a segment; `g` points at its first one."""
+    if DECAY == 2:
+        return tl.make_tensor_descriptor(g, shape=[tl.maximum(tl.cdiv(n, BT), 1) * BT], strides=[1], block_shape=[BT])
     else:
-        return tl.load(g + t), tl.load(g + tl.minimum(t0 + BT, n) - 1)
+        return n
+
+
+@triton.jit
+def _chunk_decay(log_decay, g, g_tiles, t0, n, DECAY: tl.constexpr, BT: tl.constexpr):
+    """The running sum at each place of the chunk at t0, constant past the segment's end, and at its end."""
+    if DECAY == 1:
+        return (log_decay * tl.minimum(tl.arange(0, BT) + 1, n - t0).to(tl.float32),
+                log_decay * tl.minimum(n - t0, BT).to(tl.float32))  # fmt: skip
+    else:
+        return g_tiles.load([t0]), tl.load(g + t0 + BT - 1)
 
 
 @triton.jit
 def _add(S, b, c, weight, shrink, DECAY: tl.constexpr, PRECISION: tl.constexpr):
-    """S <- shrink S + (weight b)^T c."""
+    """S <- shrink S + b^T (weight c)."""
     if DECAY:
-        b = (tl.trans(b) * weight[None, :]).to(c.dtype)
-        return tl.dot(b, c, acc=S * shrink, input_precision=PRECISION)
+        c = (c * weight[:, None]).to(b.dtype)
+        return tl.dot(tl.trans(b), c, acc=S * shrink, input_precision=PRECISION)
     else:
         return tl.dot(tl.trans(b), c, acc=S, input_precision=PRECISION)
 
@@ -142,16 +160,16 @@ def _read(a, S, PRECISION: tl.constexpr):
 
 @triton.jit
 def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stride_out,
-          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, x0, n, log_decay, g, scale, against, strict,
-          W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr, BT: tl.constexpr,
-          DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, ROW_DOT: tl.constexpr,
+          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, x0, n, log_decay, g, scale,
+          against, strict, W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr,
+          BT: tl.constexpr, DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, ROW_DOT: tl.constexpr,
           PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One segment, columns x0 to x0 + BX of c and out. Pointers stand at the segment's first token.
 
     against: 0 in time, 1 against it (y then runs from x to the end). strict: 1 leaves y = x out. DECAY: 0 none,
     1 static, 2 per token. CARRY: the walk starts from `carry_scale * carry[w * carry_w + x * carry_x]`. END: the state
-    it ends with, times end_scale, goes to `end`, laid out like `carry`; rows from carry_rows and end_rows on (W, or 0 for none) are left out.
-    ROW_DOT: `row_dot[t] = out_t . e_t` over these columns.
+    it ends with, times end_scale, goes to `end`, laid out like `carry`. Rows from carry_rows and end_rows on (W, or 0
+    for none) are left out. ROW_DOT: `row_dot[t] = out_t . e_t` over these columns.
     """
     a_tiles = _tiles(a, n, stride_a, W, BT, BW)
     b_tiles = _tiles(b, n, stride_b, W, BT, BW)
@@ -170,6 +188,7 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
     sign = 1 - 2 * against
     seen = (place[:, None] - place[None, :]) * sign >= strict
     chunks = tl.cdiv(n, BT)
+    g_tiles = _sums(g, n, DECAY, BT)
     for i in tl.range(0, chunks, num_stages=STAGES):
         t0 = (against * (chunks - 1) + sign * i) * BT
         a_t = a_tiles.load([t0, 0])
@@ -178,9 +197,10 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
         P = tl.dot(a_t, tl.trans(b_t), input_precision=PRECISION)
         result = _read(a_t, S, PRECISION)
         if DECAY:
-            g_t, g_end = _chunk_decay(log_decay, g, t0, n, DECAY, BT)
+            g_t, g_end = _chunk_decay(log_decay, g, g_tiles, t0, n, DECAY, BT)
             from_start, to_end = tl.exp2(g_t), tl.exp2(g_end - g_t)
-            P *= tl.exp2(tl.where(seen, (g_t[:, None] - g_t[None, :]) * sign, 0.0))
+            g_t = g_t * sign
+            P *= tl.exp2(g_t[:, None] - g_t[None, :])  # above 1, even infinite, only where it is masked out below
             result *= (to_end if against else from_start)[:, None]
             S = _add(S, b_t, c_t, from_start if against else to_end, tl.exp2(g_end), DECAY, PRECISION)
         else:
@@ -192,6 +212,58 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
         out_tiles.store([t0, x0], result.to(out.dtype.element_ty))
     if END:
         tl.store(end + at, S * end_scale, (w < end_rows) & (x < X))
+
+
+@triton.jit
+def _walk_pair(q, k, v, do, dk, dv, dot_k, q_t, k_t, v_t, do_t, H, after, after_scale, dinitial, n, log_decay, g, scale,
+               K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+               DECAY: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr, PRECISION: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
+    """dk and dv of one segment at once, against time, from one R: for widths whose tiles fit the registers."""
+    q_tiles = _tiles(q, n, q_t, K, BT, BK)
+    k_tiles = _tiles(k, n, k_t, K, BT, BK)
+    v_tiles = _tiles(v, n, v_t, V, BT, BV)
+    do_tiles = _tiles(do, n, do_t, V, BT, BV)
+    dk_tiles = _tiles(dk, n, H * K, K, BT, BK)
+    dv_tiles = _tiles(dv, n, H * V, V, BT, BV)
+    w, x = tl.arange(0, BK)[:, None], tl.arange(0, BV)[None, :]
+    live = (w < K) & (x < V)
+    R = tl.load(after + w * V + x, live, other=0.0) * after_scale if AFTER else tl.zeros((BK, BV), tl.float32)
+    place = tl.arange(0, BT)
+    seen = place[:, None] <= place[None, :]
+    chunks = tl.cdiv(n, BT)
+    g_tiles = _sums(g, n, DECAY, BT)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        t0 = (chunks - 1 - i) * BT
+        q_tile = q_tiles.load([t0, 0])
+        k_tile = k_tiles.load([t0, 0])
+        v_tile = v_tiles.load([t0, 0])
+        do_tile = do_tiles.load([t0, 0])
+        dv_tile = _read(k_tile, R, PRECISION)
+        dk_tile = _read(v_tile, tl.trans(R), PRECISION)
+        P = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        dP = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        if DECAY:
+            g_t, g_end = _chunk_decay(log_decay, g, g_tiles, t0, n, DECAY, BT)
+            to_end = tl.exp2(g_end - g_t)
+            dv_tile *= to_end[:, None]
+            dk_tile *= to_end[:, None]
+            D = tl.where(seen, tl.exp2(g_t[None, :] - g_t[:, None]), 0.0)
+            P *= D
+            dP *= D
+            R = _add(R, q_tile, do_tile, tl.exp2(g_t), tl.exp2(g_end), DECAY, PRECISION)
+        else:
+            P = tl.where(seen, P, 0.0)
+            dP = tl.where(seen, dP, 0.0)
+            R = _add(R, q_tile, do_tile, 1.0, 1.0, DECAY, PRECISION)
+        dv_tile = tl.dot(P.to(q.dtype.element_ty), do_tile, acc=dv_tile, input_precision=PRECISION) * scale
+        dk_tile = tl.dot(dP.to(q.dtype.element_ty), q_tile, acc=dk_tile, input_precision=PRECISION) * scale
+        if DECAY:
+            tl.store(dot_k + t0 + place, tl.sum(dk_tile * k_tile.to(tl.float32), 1), t0 + place < n)
+        dv_tiles.store([t0, 0], dv_tile.to(dv.dtype.element_ty))
+        dk_tiles.store([t0, 0], dk_tile.to(dk.dtype.element_ty))
+    if END:
+        tl.store(dinitial + w * V + x, R * scale, live)
 
 
 @triton.jit
@@ -214,7 +286,7 @@ def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, S
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
     if DECAY == 2:
-        g += h * g_stride + row * T + start
+        g += h * g_stride + _decay_place(p, row * T + start, BT)
     h = h.to(tl.int64)
     _walk(q + row * q_b + start * q_t + h * q_h, k + row * k_b + start * k_t + h * k_h,
           v + row * v_b + start * v_t + h * v_h, q, o + ((row * T + start) * H + h) * V, q, q_t, k_t, v_t, q_t, H * V,
@@ -223,12 +295,12 @@ def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, S
 
 
 @triton.jit
-def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, g_stride, before, after, dinitial, cuts, scale,
-             T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stride, before, after, dinitial, cuts,
+             scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
              K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, XK: tl.constexpr, XV: tl.constexpr,
              BT: tl.constexpr, DECAY: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr,
-             AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr,
-             STAGES: tl.constexpr):  # fmt: skip
+             PAIR: tl.constexpr, AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
+             PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """The three gradients as three roles; R_s = sum_{t > s} exp(g_t - g_s) q_t^T dO_t + exp(g_T - g_s) dS_T / scale.
 
         dq_t = scale * (exp(g_t) dO_t S_0^T + sum_{s <= t} exp(g_t - g_s) (dO_t . v_s) k_s)
@@ -244,7 +316,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, g_stride, befo
     """
     k_columns: tl.constexpr = (K + XK - 1) // XK
     v_columns: tl.constexpr = (V + XV - 1) // XV
-    roles: tl.constexpr = 2 * k_columns + v_columns
+    roles: tl.constexpr = k_columns + 1 if PAIR else 2 * k_columns + v_columns
     pid = tl.program_id(0)
     role = pid % roles
     h = (pid // roles) % H
@@ -255,7 +327,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, g_stride, befo
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
     if DECAY == 2:
-        g += h * g_stride + at
+        g += h * g_stride + _decay_place(p, at, BT)
     h = h.to(tl.int64)
     q += row * q_b + start * q_t + h * q_h
     k += row * k_b + start * k_t + h * k_h
@@ -280,7 +352,18 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, g_stride, befo
     if DECAY == 0:
         strict = 1 if is_dq else 0
         scale = -scale if is_dq else scale
-    if K == V and DECAY == 0:  # one body for the three roles: less code, less shared memory
+    if PAIR:
+        dot = dot_q
+        if DECAY:
+            dot = (dot_q if is_dq else dot_k) + (role % k_columns * H + h) * tokens + at
+        if is_dq:
+            _walk(do, v, k, q, dq, dot, do_t, v_t, k_t, q_t, H * K, before, before_rows, 1, V, before_scale, before, 0,
+                  1.0, role * XK, n, log_decay, g, scale, against, strict,
+                  V, K, BV, XK, BT, DECAY, BEFORE, False, DECAY != 0, PRECISION, STAGES)  # fmt: skip
+        else:
+            _walk_pair(q, k, v, do, dk, dv, dot, q_t, k_t, v_t, do_t, H, after, after_scale, dinitial, n, log_decay, g,
+                       scale, K, V, BK, BV, BT, DECAY, AFTER, END, PRECISION, STAGES)  # fmt: skip
+    elif K == V and DECAY == 0:  # one body for the three roles: less code, less shared memory
         _walk(do if is_dq else (k if is_dv else v), v if is_dq else (q if is_dv else do),
               k if is_dq else (do if is_dv else q), q, dq if is_dq else (dv if is_dv else dk), dot_q,
               do_t if is_dq else (k_t if is_dv else v_t), v_t if is_dq else (q_t if is_dv else do_t),
@@ -290,40 +373,44 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, g_stride, befo
               (role % k_columns) * XK, n, log_decay, g, scale, against, strict,
               V, K, BV, XK, BT, DECAY, BEFORE or AFTER, END, False, PRECISION, STAGES)  # fmt: skip
     elif is_dv:
-        _walk(k, q, do, k, dv, dot_q, k_t, q_t, do_t, k_t, H * V, after, after_rows, V, 1, after_scale, dinitial, K, scale,
-              (role - 2 * k_columns) * XV, n, log_decay, g, scale, 1, 0,
+        _walk(k, q, do, k, dv, dot_q, k_t, q_t, do_t, k_t, H * V, after, after_rows, V, 1, after_scale, dinitial, K,
+              scale, (role - 2 * k_columns) * XV, n, log_decay, g, scale, 1, 0,
               K, V, BK, XV, BT, DECAY, AFTER, END, False, PRECISION, STAGES)  # fmt: skip
     else:
         block = role % k_columns
         dot = dot_q
         if DECAY:
-            dot = (dot_q if is_dq else dot_k) + (block.to(tl.int64) * H + h) * g_stride + at
+            dot = (dot_q if is_dq else dot_k) + (block.to(tl.int64) * H + h) * tokens + at
         _walk(do if is_dq else v, v if is_dq else do, k if is_dq else q, q if is_dq else k, dq if is_dq else dk, dot,
               do_t if is_dq else v_t, v_t if is_dq else do_t, k_t if is_dq else q_t, q_t if is_dq else k_t, H * K,
               before if is_dq else after, before_rows if is_dq else after_rows, 1, V,
-              before_scale if is_dq else after_scale, before, 0, 1.0, block * XK, n, log_decay, g, scale, against, strict,
+              before_scale if is_dq else after_scale, before, 0, 1.0, block * XK, n, log_decay, g, scale,
+              against, strict,
               V, K, BV, XK, BT, DECAY, BEFORE or AFTER, False, DECAY != 0, PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit
 def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEGMENTS,
            a_b, a_t, a_h, b_b, b_t, b_h, W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr,
-           BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
-           TABLE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+           BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, MASK: tl.constexpr, SKIP: tl.constexpr,
+           VARLEN: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """out[p, h] = sum over the segment of w_t a_t^T b_t, decayed to its end (REVERSE: to its start).
 
     With decay `totals[p, h]` is the segment's whole log decay. MASK: tokens where `mask[row, t]` is 0 are left out.
+    SKIP: leaves out the last segment of each row (REVERSE: the first), from which nothing starts.
     """
     columns: tl.constexpr = (X + BX - 1) // BX
     pid = tl.program_id(0)
     x0 = (pid % columns) * BX
     h = (pid // columns) % H
     p = pid // columns // H
+    if SKIP and p % SEGMENTS == (0 if REVERSE else SEGMENTS - 1):
+        return
     row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
     if DECAY == 2:
-        g += h * g_stride + row * T + start
+        g += h * g_stride + _decay_place(p, row * T + start, BT)
     mask += row * T + start
     head = h.to(tl.int64)
     a += row * a_b + start * a_t + head * a_h
@@ -333,6 +420,7 @@ def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEG
     S = tl.zeros((BW, BX), tl.float32)
     total = 0.0
     chunks = tl.cdiv(n, BT)
+    g_tiles = _sums(g, n, DECAY, BT)
     for i in tl.range(0, chunks, num_stages=STAGES):
         t0 = ((chunks - 1 - i) if REVERSE else i) * BT
         a_t_ = a_tiles.load([t0, 0])
@@ -341,7 +429,7 @@ def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEG
             t = t0 + tl.arange(0, BT)
             a_t_ = tl.where((tl.load(mask + t, t < n, other=0) != 0)[:, None], a_t_, 0.0).to(a_t_.dtype)
         if DECAY:
-            g_t, g_end = _chunk_decay(log_decay, g, t0, n, DECAY, BT)
+            g_t, g_end = _chunk_decay(log_decay, g, g_tiles, t0, n, DECAY, BT)
             weight = tl.exp2(g_t) if REVERSE else tl.exp2(g_end - g_t)
             S = _add(S, a_t_, b_t_, weight, tl.exp2(g_end), DECAY, PRECISION)
             total += g_end
@@ -404,9 +492,9 @@ def decay_gradient(dot_q, dot_k, inner, log_decay, out, cuts, T, H, SEG, SEGMENT
                    VARLEN: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
     """dL/d log_decay_t = <S, dS at the segment's end> + sum_{u >= t} (q_u . dq_u - k_u . dk_u).
 
-    A program is (segment, head). The sum is the inner product of the state before t, decayed, with the gradient of the state after t: of all pairs (u, s)
-    in the sum those with s < t <= u count once, the others cancel. Starting each segment from the inner product of
-    the states at its end, `inner[part, p, h]`, keeps the rounding of the two dot products from piling up over the
+    A program is (segment, head). The sum is the inner product of the state before t, decayed, with the gradient of the
+    state after t: of all pairs (u, s) those with s < t <= u count once, the others cancel. Starting each segment from
+    the inner product of the states at its end, `inner[part, p, h]`, keeps rounding from piling up over the
     whole sequence. DECAY 2 writes every t, `[B, T, H]`; DECAY 1 their sum over the segment, `[P, H]`.
     """
     pid = tl.program_id(0)
