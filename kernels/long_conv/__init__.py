@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from chela_plugin.kernels.backend import backend, traced
+
 from .reference import long_conv_reference
 
 __all__ = ["long_conv"]
@@ -40,11 +42,21 @@ def long_conv(
     if not causal and taps.shape[1] % 2 == 0:
         raise ValueError(f"two-sided taps come as [D, 2L - 1] with lag 0 in the middle, got an even {taps.shape[1]}")
     if cu_seqlens is None:
-        return long_conv_reference(x, taps, bias, causal=causal)
+        return _whole(x, taps, bias, causal)
     cuts = cu_seqlens.tolist()
     if x.shape[0] != 1 or cuts[0] != 0 or cuts[-1] != x.shape[1] or sorted(cuts) != cuts:
         raise ValueError(
             f"cu_seqlens needs B = 1 and must rise from 0 to T = {x.shape[1]}, got B = {x.shape[0]} and {cuts}"
         )
-    parts = [long_conv_reference(x[:, a:b], taps, bias, causal=causal) for a, b in itertools.pairwise(cuts) if b > a]
+    parts = [_whole(x[:, a:b], taps, bias, causal) for a, b in itertools.pairwise(cuts) if b > a]
     return torch.cat(parts, dim=1)
+
+
+def _whole(x: Tensor, taps: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    if backend(x.device, x.dtype) == "reference":
+        return long_conv_reference(x, taps, bias, causal=causal)
+    from . import ops
+
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, taps, bias))
+    # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launches.
+    return (ops.forward_op if learns or traced(x) else ops.forward)(x, taps, bias, causal)

@@ -1,0 +1,70 @@
+"""Which code runs an operator, Triton or plain PyTorch, and what every launch of a Triton kernel needs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """'triton' or 'reference': what runs on `device`.
+
+    Triton on CUDA, and under `TRITON_INTERPRET=1` on a CPU too; plain PyTorch elsewhere and for fp64.
+    `CHELA_BACKEND=reference|triton` overrides. Raises ValueError if CHELA_BACKEND is neither, RuntimeError if it asks
+    for Triton where Triton can't run.
+    """
+    asked = os.environ.get("CHELA_BACKEND", "")
+    if asked not in ("", "reference", "triton"):
+        raise ValueError(f"CHELA_BACKEND must be 'reference' or 'triton', got {asked!r}")
+    if asked == "reference" or dtype == torch.float64:
+        return "reference"
+    runs = _triton_installed() and (
+        torch.device(device).type == "cuda" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+    )
+    if asked == "triton" and not runs:
+        raise RuntimeError(
+            "CHELA_BACKEND=triton, but Triton needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on a CPU"
+        )
+    return "triton" if runs else "reference"
+
+
+def _triton_installed() -> bool:
+    """Triton with tensor descriptors, 3.4 or newer."""
+    try:
+        import triton.language
+    except ImportError:
+        return False
+    return hasattr(triton.language, "make_tensor_descriptor")
+
+
+def traced(x: Tensor) -> bool:
+    """Whether something records operators instead of running them."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 tiles are multiplied: exactly, unless torch was told that tf32 will do."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def multiplied_as(x: Tensor) -> torch.dtype:
+    """x's dtype; for bf16 on a CPU fp32: Triton's interpreter runs on numpy and would multiply bf16's bit patterns."""
+    return torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory for the tensor descriptors that a kernel makes; Triton asks for it at each launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def ready_for(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device and asks an allocator for memory: make both x's device."""
+    if not x.is_cuda:
+        return nullcontext()
+    import triton
+
+    triton.set_allocator(scratch)
+    return torch.cuda.device(x.device)

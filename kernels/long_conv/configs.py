@@ -1,0 +1,69 @@
+"""Blocks and algorithm of the long convolution by shape: fixed, measured on one H100, never searched for at run time.
+
+Numbers behind each choice are in `benchmarks/results/long_conv_h100.json`; `benchmarks/long_conv.py` measures again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from chela_plugin.kernels.backend import precision
+
+# Taps that meet a token, on average, from which an FFT is the faster. A Toeplitz product's time grows with them, an
+# FFT's does not. (forward, backward): the backward pass has two Toeplitz products, of which the taps' is the slower,
+# against three transforms and two back.
+FFT_FROM = {"16 bits": (5000, 2300), "tf32": (1500, 500), "ieee": (128, 128)}
+
+
+class Blocks(NamedTuple):
+    """chunk: tokens a chunk. columns: chunks a program. step: tokens a step. warps and stages: as Triton has them."""
+
+    chunk: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+class LagBlocks(NamedTuple):
+    """block: lags a block, at most a chunk. rows: chunks a step. warps and stages: as Triton has them."""
+
+    block: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    return precision(dtype) if dtype == torch.float32 else "16 bits"
+
+
+def blocks_for(tokens: int, dtype: torch.dtype) -> Blocks:
+    """Blocks of `toeplitz`. fp32 without tf32 runs on the ordinary cores, from shared memory: one stage."""
+    kind = arithmetic(dtype)
+    if kind == "ieee":
+        return Blocks(64, 64, 32, 4, 1)
+    if kind == "tf32":
+        return Blocks(64 if tokens <= 128 else 128, 64, 32, 4, 3)
+    return Blocks(64 if tokens <= 128 else 128, 128, 64, 4, 3)
+
+
+def lag_blocks_for(dtype: torch.dtype) -> LagBlocks:
+    """Blocks of `lag_products`."""
+    return {"ieee": LagBlocks(32, 32, 4, 1), "tf32": LagBlocks(64, 32, 4, 2), "16 bits": LagBlocks(64, 64, 4, 2)}[
+        arithmetic(dtype)
+    ]
+
+
+def average_lags(tokens: int, first_lag: int, last_lag: int) -> float:
+    """Taps that meet a token, averaged over all tokens: a lag of m finds T - |m| of the T tokens."""
+    ahead, behind = last_lag + 1, -first_lag
+    return ahead + behind - (ahead * (ahead - 1) + behind * (behind + 1)) / (2 * tokens)
+
+
+def algorithm(tokens: int, first_lag: int, last_lag: int, dtype: torch.dtype, *, backward: bool) -> str:
+    """'toeplitz' or 'fft'."""
+    lags = average_lags(tokens, first_lag, last_lag)
+    return "fft" if lags >= FFT_FROM[arithmetic(dtype)][backward] else "toeplitz"

@@ -1,0 +1,218 @@
+"""Long convolution: the Triton source under the interpreter against the direct sum in fp64.
+
+Triton decides at its first import whether kernels are interpreted, so this file runs itself once more in a process of
+its own with TRITON_INTERPRET=1.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chela_plugin.kernels.long_conv import long_conv
+from chela_plugin.kernels.long_conv.reference import direct
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Rounding of fp32 sums, or of an output or a factor to 11 and 8 significant bits, relative to the whole result.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
+def test_the_kernels_pass_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("CHELA_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_backend_variable_decides(monkeypatch):
+    x, taps = torch.randn(1, 5, 2), torch.randn(2, 3)
+    monkeypatch.setenv("CHELA_BACKEND", "reference")
+    assert torch.equal(long_conv(x, taps), direct(x, taps, causal=True))
+    monkeypatch.setenv("CHELA_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="CHELA_BACKEND"):
+        long_conv(x, taps)
+    monkeypatch.setenv("CHELA_BACKEND", "triton")
+    if not INTERPRETED:
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+            long_conv(x, taps)
+
+
+def case(batch, tokens, channels, taps, causal, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(batch, tokens, channels, generator=g).to(dtype) for _ in range(2))
+    h = torch.randn(channels, taps if causal else 2 * taps - 1, generator=g)
+    return x, h, torch.randn(channels, generator=g), dy
+
+
+def expected(x, h, bias, dy, causal):
+    """Output and gradients of x, taps and bias in fp64."""
+    leaves = [t.double().requires_grad_() for t in (x, h, bias)]
+    y = direct(leaves[0], leaves[1], causal=causal) + leaves[2]
+    return y.detach(), *torch.autograd.grad((y * dy.double()).sum(), leaves)
+
+
+def error(found, wanted):
+    return float((found.detach().double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Launches with blocks so small that short sequences fill several of them."""
+    from chela_plugin.kernels.long_conv import configs, launch
+
+    monkeypatch.setattr(launch, "blocks_for", lambda tokens, dtype: configs.Blocks(64, 16, 32, 4, 1))
+    monkeypatch.setattr(launch, "lag_blocks_for", lambda dtype: configs.LagBlocks(32, 16, 4, 1))
+    return launch
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+
+SHAPES = [(1, 1, 1, 1), (1, 1, 2, 5), (2, 37, 3, 37), (3, 50, 2, 100), (1, 170, 2, 9), (5, 33, 2, 30), (1, 64, 2, 64)]
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["toeplitz", "fft"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("batch", "tokens", "channels", "taps"), SHAPES)
+def test_kernels_equal_the_sum_with_all_gradients(launch, how, causal, batch, tokens, channels, taps):
+    x, h, bias, dy = case(batch, tokens, channels, taps, causal)
+    y = launch.forward(x, h, bias, causal, how)
+    dx, dh = launch.backward(dy, x, h, causal, True, True, how)
+    wanted = expected(x, h, bias, dy, causal)
+    for found, value in zip((y, dx, dh), wanted, strict=False):
+        # Relative to the largest entry as well: with one token a sum may cancel to almost nothing.
+        assert error(found, value) < TOLERANCE[torch.float32] * (1 + float(bias.abs().max() / value.norm()))
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["toeplitz", "fft"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_activations_meet_fp32_sums(launch, how, dtype, monkeypatch):
+    monkeypatch.setattr(launch, "algorithm", lambda *_, **__: how)
+    x, h, bias, dy = case(3, 50, 2, 60, True, dtype)
+    leaves = [t.requires_grad_() for t in (x.clone(), h.clone(), bias.clone())]
+    y = long_conv(*leaves)
+    found = (y, *torch.autograd.grad(y, leaves, dy))
+    for got, value in zip(found, expected(x, h.to(dtype), bias, dy, True), strict=True):
+        assert error(got, value) < TOLERANCE[dtype]
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32]
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["toeplitz", "fft"])
+@pytest.mark.parametrize("tokens", [48, 50])
+def test_any_memory_order_goes_in_and_time_first_comes_out_as_it_went_in(launch, how, tokens):
+    x, h, bias, dy = case(2, tokens, 4, tokens, True)
+    plain = launch.forward(x, h, bias, True, how)
+    time_first = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    every_other = torch.stack([x, x], dim=2)[:, :, 1]
+    assert torch.equal(launch.forward(every_other, h, bias, True, how), plain)
+    y = launch.forward(time_first, h, bias, True, how)
+    assert torch.equal(y, plain)
+    assert y.stride(1) == 1
+    dx, dh = launch.backward(dy, time_first, h, True, True, True, how)
+    assert dx.stride() == y.stride()
+    for found, wanted in zip((dx, dh), launch.backward(dy, x, h, True, True, True, how), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@interpreted
+def test_the_future_does_not_change_the_past_bit_for_bit(launch):
+    x, h, bias, _ = case(2, 101, 3, 101, True)
+    later = x.clone()
+    later[:, 60:] = 1e6 * torch.randn_like(later[:, 60:])
+    before = launch.forward(x, h, bias, True, "toeplitz")[:, :60]
+    assert torch.equal(launch.forward(later, h, bias, True, "toeplitz")[:, :60], before)
+
+
+@interpreted
+def test_the_fft_lets_nothing_wrap_around(launch):
+    x, h, bias, _ = case(2, 101, 3, 101, True)
+    later = x.clone()
+    later[:, 60:] += 1
+    change = launch.forward(later, h, bias, True, "fft") - launch.forward(x, h, bias, True, "fft")
+    # Rounding of a transform in fp32, relative to what the change did to the rest.
+    assert change[:, :60].abs().max() < 2e-6 * change[:, 60:].abs().max()
+
+
+@interpreted
+def test_gradients_that_nobody_wants_are_not_computed(launch):
+    x, h, _, dy = case(1, 20, 2, 20, True)
+    for how in ("toeplitz", "fft"):
+        dx, dh = launch.backward(dy, x, h, True, True, False, how)
+        assert dh.numel() == 0
+        torch.testing.assert_close(dx, launch.backward(dy, x, h, True, True, True, how)[0])
+        assert launch.backward(dy, x, h, True, False, True, how)[0].numel() == 0
+
+
+@interpreted
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape_equals_the_sum(data):
+    from chela_plugin.kernels.long_conv import launch
+
+    draw = data.draw
+    causal, how = draw(st.booleans()), draw(st.sampled_from(["toeplitz", "fft"]))
+    sizes = [draw(st.integers(1, high)) for high in (4, 150, 3, 200)]
+    x, h, bias, dy = case(*sizes, causal, seed=draw(st.integers(0, 99)))
+    wanted = expected(x, h, bias, dy, causal)
+    found = (launch.forward(x, h, bias, causal, how), *launch.backward(dy, x, h, causal, True, True, how))
+    scale = max(float(x.norm()) * float(h.norm()), 1.0)
+    for got, value in zip(found, wanted, strict=False):
+        assert float((got.double() - value).norm()) < TOLERANCE[torch.float32] * max(scale, float(value.norm()))
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("time_first", [True, False])
+def test_operators_pass_opcheck(causal, time_first):
+    from chela_plugin.kernels.long_conv import ops
+
+    x, h, bias, dy = case(2, 10, 4, 7, causal)
+    if time_first:
+        x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    leaves = [t.requires_grad_() for t in (x, h, bias)]
+    torch.library.opcheck(ops.forward_op, (*leaves, causal))
+    torch.library.opcheck(ops.forward_op, (*leaves[:2], None, causal))
+    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), bias.detach(), causal, True, True))
+    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), None, causal, False, True))
+
+
+@interpreted
+def test_compiled_and_exported_modules_keep_the_operator_whole():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.taps = torch.nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x):
+            return torch.nn.functional.silu(long_conv(2 * x, self.taps, causal=True))
+
+    layer, x = Layer(), torch.randn(2, 9, 4, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).sum(), (x, layer.taps))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).sum(), (x, layer.taps))
+    torch.testing.assert_close(found, wanted)
+    exported = torch.export.export(layer, (x.detach(),))
+    assert "chela.long_conv" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x.detach()), layer(x).detach())
+
+
+@interpreted
+def test_blocks_and_algorithm_come_from_the_table():
+    from chela_plugin.kernels.long_conv import configs
+
+    assert configs.average_lags(4, 0, 3) == 2.5
+    assert configs.average_lags(4, -3, 3) == 4.0
+    assert configs.average_lags(1000, 0, 0) == 1.0
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in (False, True):
+            assert configs.algorithm(64, 0, 6, dtype, backward=backward) == "toeplitz"
+            assert configs.algorithm(32768, 0, 32767, dtype, backward=backward) == "fft"
