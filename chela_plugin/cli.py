@@ -13,7 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Compare token mixers on equal terms.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="Compare token mixers on equal terms.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # a fault of ours ends in a plain traceback that can be sent to us
 )
 console = Console(highlight=False)
 

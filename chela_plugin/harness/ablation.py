@@ -17,7 +17,7 @@ from chela_plugin.harness.config import Ablation, ConfigError, identity
 from chela_plugin.harness.extras import need
 from chela_plugin.harness.grid import Cell, cells, choose_learning_rate, is_settled, latest_runs
 from chela_plugin.harness.progress import PlainProgress, progress_for
-from chela_plugin.harness.results import Record, ResultsFolder
+from chela_plugin.harness.results import Record, ResultsError, ResultsFolder
 from chela_plugin.harness.training import Interrupted
 from chela_plugin.harness.workers import default_workers, run_here, run_in_processes, stop_on_signals
 
@@ -58,8 +58,19 @@ def run_ablations(ablations: dict[str, Ablation], out: Path, console: Console, w
                 run_here(pending, runner, events, stop)
         except Interrupted:
             return stop.signal
+        unread = []
         for run in _to_test(ablations, results.records):
-            results.append(runner(run["ablation"]).read_test(run))
+            try:
+                results.append(runner(run["ablation"]).read_test(run))
+            except ResultsError:
+                raise
+            except Exception as error:  # of the mixer's, as in a run: the others are read all the same
+                unread.append(f"{run['task']}, {run['mixer']}, seed {run['seed']}: {type(error).__name__}: {error}")
+    if unread:
+        raise ResultsError(
+            "these runs are finished, and their models failed on the test split; mend it and start again:\n  "
+            + "\n  ".join(unread)
+        )
     return None
 
 

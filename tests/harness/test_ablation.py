@@ -16,7 +16,7 @@ from torch import nn
 
 from chela_plugin.harness import ablation, cell, grid, workers
 from chela_plugin.harness.config import ConfigError, load_ablation
-from chela_plugin.harness.results import read_records
+from chela_plugin.harness.results import ResultsError, read_records
 from chela_plugin.registry import register_mixer
 
 
@@ -119,6 +119,26 @@ def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(tiny, abl
     assert (first["status"], first["reason"]) == ("failed", "RuntimeError: no such kernel")
     assert second["status"] == "finished"
     assert [r["mixer"] for r in of_kind(records, "test")] == ["attention"]
+
+
+def test_a_model_that_fails_on_the_test_split_keeps_its_run_and_the_others_are_read(
+    tiny, ablate, tmp_path, monkeypatch
+):
+    read_test = cell.CellRunner.read_test
+
+    def fail_for_identity(self, run):
+        if run["mixer"] == "identity":
+            raise RuntimeError("no such kernel")
+        return read_test(self, run)
+
+    path = tiny()
+    with monkeypatch.context() as patch:
+        patch.setattr(cell.CellRunner, "read_test", fail_for_identity)
+        with pytest.raises(ResultsError, match=r"digits, identity, seed 0: RuntimeError: no such kernel"):
+            ablate(path)
+    records = read_records(tmp_path / "out" / "results.jsonl")[0]
+    assert [r["mixer"] for r in of_kind(records, "test")] == ["attention"]
+    assert {r["mixer"] for r in of_kind(ablate(path), "test")} == {"attention", "identity"}
 
 
 def test_a_mixer_that_can_not_be_matched_is_an_error_in_its_row(tiny, ablate):
