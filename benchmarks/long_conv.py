@@ -1,0 +1,207 @@
+"""Times `long_conv` and torch's real FFT, interleaved in one process; writes JSON.
+
+    python benchmarks/long_conv.py --out benchmarks/results/long_conv_h100.json
+
+Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
+time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
+CUDA-event times of whole calls through autograd. The floor is the fewest bytes (inputs read once, outputs written once;
+the backward pass reads x, dy and taps and writes all gradients) over 3.0 TB/s, what a copy reaches on the H100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from chela_plugin.kernels.long_conv import configs, long_conv
+
+BANDWIDTH = 3.0e12
+TOKENS = 32768
+CASES = [  # (B, T, D)
+    *((TOKENS // t, t, 1024) for t in (1024, 2048, 4096, 8192, 16384, 32768)),
+    (8, 4096, 768),
+    (8, 4096, 2048),
+    (32, 1000, 1024),
+    (10, 3000, 1024),
+    (3, 10000, 1024),
+    (1, 4096, 1024),
+]
+
+
+def torch_fft(x: Tensor, taps: Tensor, bias: Tensor, *, time_first: bool) -> Tensor:
+    """What one writes without a kernel: x `[B, D, T]` or `[B, T, D]`."""
+    tokens, dim = (x.shape[2], 2) if time_first else (x.shape[1], 1)
+    taps_f = torch.fft.rfft(taps, n=2 * tokens)
+    if not time_first:
+        taps_f, bias = taps_f.t(), bias[None]
+    else:
+        bias = bias[:, None]
+    x_f = torch.fft.rfft(x.float(), n=2 * tokens, dim=dim)
+    y = torch.fft.irfft(x_f * taps_f, n=2 * tokens, dim=dim).narrow(dim, 0, tokens)
+    return (y + bias).to(x.dtype)
+
+
+def contenders(batch: int, tokens: int, channels: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
+    """name -> (function, leaves, gradient of the output)."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(batch, tokens, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    taps = torch.randn(channels, tokens, device="cuda") * tokens**-0.5
+    bias = torch.randn(channels, device="cuda")
+
+    def leaves(x: Tensor) -> list[Tensor]:
+        return [t.detach().requires_grad_() for t in (x, taps, bias)]
+
+    first = [t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (x, dy)]
+    rows = [t.transpose(1, 2).contiguous() for t in (x, dy)]
+    return {
+        "long_conv [B,T,D]": (long_conv, leaves(x), dy),
+        "long_conv time first": (long_conv, leaves(first[0]), first[1]),
+        "torch rfft [B,D,T]": (partial(torch_fft, time_first=True), leaves(rows[0]), rows[1]),
+        "torch rfft [B,T,D]": (partial(torch_fft, time_first=False), leaves(x), dy),
+    }
+
+
+def reference(leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """Output and gradients in fp64, a few channels at a time."""
+    x, taps, bias = leaves
+    parts = []
+    for d in range(0, x.shape[2], 32):
+        cut = [t.detach().double().requires_grad_() for t in (x[..., d : d + 32], taps[d : d + 32], bias[d : d + 32])]
+        y = torch_fft(cut[0].transpose(1, 2), cut[1], cut[2], time_first=True).transpose(1, 2)
+        parts.append((y.detach(), *torch.autograd.grad(y, cut, dy[..., d : d + 32].double())))
+    return [torch.cat(tensors, dim) for tensors, dim in zip(zip(*parts, strict=True), (2, 2, 0, 0), strict=True)]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.detach().double() - wanted).norm() / wanted.norm())
+
+
+def event_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each run, one after the other in every round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+        run()
+    for _ in range(rounds):
+        pairs = {}
+        for name, run in runs.items():
+            pairs[name] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            torch.cuda._sleep(2_000_000)  # the host runs ahead, so that launches are not what is timed
+            pairs[name][0].record()
+            run()
+            pairs[name][1].record()
+        torch.cuda.synchronize()
+        for name, (start, end) in pairs.items():
+            times[name].append(start.elapsed_time(end))
+    return times
+
+
+def quantiles(times: list[float]) -> list[float]:
+    """Median, 20 % and 80 %."""
+    ordered = sorted(times)
+    return [round(ordered[int(q * (len(ordered) - 1))], 4) for q in (0.5, 0.2, 0.8)]
+
+
+def peak_over_inputs(run: Callable[[], object]) -> float:
+    """Most memory in use above what there was before, MiB."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def floor_ms(batch: int, tokens: int, channels: int) -> tuple[float, float]:
+    """Forward, and forward with backward."""
+    activations, taps = batch * tokens * channels * 2, channels * tokens * 4
+    forward, backward = 2 * activations + taps, 3 * activations + 2 * taps
+    return forward / BANDWIDTH * 1e3, (forward + backward) / BANDWIDTH * 1e3
+
+
+def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[str, object]]:
+    entries = contenders(batch, tokens, channels)
+
+    def forward(f: Callable[..., Tensor], leaves: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return f(*leaves)
+
+    def both(f: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+        y = f(*leaves)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    f_times = event_times({name: partial(forward, f, leaves) for name, (f, leaves, _) in entries.items()}, rounds)
+    b_times = event_times({name: partial(both, f, leaves, dy) for name, (f, leaves, dy) in entries.items()}, rounds)
+    _, leaves, dy = entries["long_conv [B,T,D]"]
+    wanted = reference(leaves, dy)
+    algorithms = [configs.algorithm(tokens, 0, tokens - 1, torch.bfloat16, backward=b) for b in (False, True)]
+    f_floor, b_floor = floor_ms(batch, tokens, channels)
+    rows = []
+    for name, (f, leaves, dy) in entries.items():
+        found = list(both(f, leaves, dy))
+        if name == "torch rfft [B,D,T]":
+            found[:2] = [t.transpose(1, 2) for t in found[:2]]
+        errors = {
+            key: float(f"{error(a, b):.2e}")
+            for key, a, b in zip(("y", "dx", "dtaps", "dbias"), found, wanted, strict=True)
+        }
+        del found
+        rows.append(
+            {
+                "B": batch, "T": tokens, "D": channels, "name": name,
+                "algorithm": algorithms if name.startswith("long_conv") else None,
+                "forward_ms": quantiles(f_times[name]), "forward_backward_ms": quantiles(b_times[name]),
+                "floor_ms": [round(f_floor, 4), round(b_floor, 4)],
+                "share_of_floor": [
+                    round(f_floor / quantiles(f_times[name])[0], 3), round(b_floor / quantiles(b_times[name])[0], 3)
+                ],
+                "peak_mib": [peak_over_inputs(partial(forward, f, leaves)),
+                             peak_over_inputs(partial(both, f, leaves, dy))],
+                "input_mib": round(batch * tokens * channels * 2 / 2**20, 1),
+                "error": errors,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def revision() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--revision", default=None, help="of the code, where there is no git repository")
+    args = parser.parse_args()
+    record: dict[str, object] = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        "revision": args.revision or revision(),
+        "bandwidth": BANDWIDTH,
+        "rounds": args.rounds,
+        "results": [],
+    }
+    rows: list[dict[str, object]] = []
+    for case in CASES[: args.cases]:
+        for row in measure(*case, args.rounds):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        torch.cuda.empty_cache()
+        record["results"] = rows
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
