@@ -24,6 +24,7 @@ from typing import Any
 HOSTS = {
     "timm.models": ("chela_plugin.vision", "chela_plugin.attn_layer"),
     "transformers.models.auto": ("chela_plugin.lm",),
+    "fla.models": ("chela_plugin.lm.fla_models",),
 }
 
 waiting: set[str] = set()  # hosts' modules that are loaded while something they depend on is not
