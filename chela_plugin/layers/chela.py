@@ -177,18 +177,21 @@ class Chela(Mixer):
         q = self.phi(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)))
         k = self.phi(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)))
         v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
-        o = self.attend(q, k, v, self.log_decay(x, mask), cache)
+        return self.joined(self.attend(q, k, v, self.log_decay(x, mask), cache), v, z, x)
+
+    def joined(self, o: Tensor, v: Tensor, z: Tensor, x: Tensor) -> Tensor:
+        """What follows the attention: skip, norm, gate, output projection, update gate. o, v `[B, T, H, V]`."""
         if self.skip is not None:
             o = o + self.skip.to(v.dtype)[:, None] * v
-        y = F.rms_norm(o, (self.value_dim,), eps=1e-5) * self.head_norm.to(o.dtype)
+        y = F.rms_norm(o, [self.value_dim], eps=1e-5) * self.head_norm.to(o.dtype)
         y = y.flatten(-2)
         if self.g is not None:
             y = y * F.silu(self.g(z))
         y = self.proj(y)
-        if self.u is None:
-            return y
-        update = torch.sigmoid(self.u(z))
-        return update * y + (1 - update) * x
+        if self.u is not None:
+            update = torch.sigmoid(self.u(z))
+            y = update * y + (1 - update) * x
+        return y
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is None:

@@ -87,9 +87,10 @@ class MultiscaleKernel(LongKernel):
         scales, d = u.shape[1:]
         parts, done, i = [], 0, 0
         while done < length:
-            stretched = u[:, min(i, scales - 1)] @ stretch_matrix(d, 2**i, u)
+            factor = 1 << i  # 2**i is a float in TorchScript
+            stretched = u[:, min(i, scales - 1)] @ stretch_matrix(d, factor, u)
             parts.append(stretched * (ratio / 2).pow(i)[:, None])
-            done, i = done + d * 2**i, i + 1
+            done, i = done + d * factor, i + 1
         return torch.cat(parts, dim=1)[:, :length]
 
     def l1_bound(self) -> Tensor:
@@ -210,8 +211,9 @@ class ImplicitKernel(LongKernel):
         angle = 2 * math.pi * torch.remainder(lag[:, None], period) / period
         h = torch.cat([angle.sin(), angle.cos()], dim=-1)
         for layer in self.hidden:
-            assert isinstance(layer, nn.Linear)
-            h = torch.sin(F.linear(h, precise(layer.weight), precise(layer.bias)))  # sine as in Hyena, section 3.3
+            # Sine as in Hyena, section 3.3. An isinstance for mypy would be false in TorchScript, which also reads any
+            # text behind `type: ignore` as a type.
+            h = torch.sin(F.linear(h, precise(layer.weight), precise(layer.bias)))  # type: ignore[arg-type]
         h = torch.tanh(F.linear(h, precise(self.out.weight), precise(self.out.bias))).T
         return h * -torch.expm1(-1 / time)[:, None] * torch.exp(-lag / time[:, None])
 

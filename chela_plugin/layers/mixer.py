@@ -9,7 +9,7 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
     reset_parameters()                                                                   (every weight of the mixer)
     path(device) -> str                                                                  (which implementation runs)
     uses_grid: bool                                                                      (if True, hosts pass `grid`)
-    plain() -> nn.Module                                            (optional: same weights, a form that TorchScript compiles)
+    plain() -> nn.Module                        (optional: the same weights in a form that TorchScript and ONNX know)
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Mixer(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in place of this module; without a plain form an error that says so."""
         raise TypeError(
-            f"{type(self).__name__} can't be compiled by TorchScript: chela, conv, attention and identity can, in a "
-            "model created under timm's scriptable=True; torch.compile and torch.export take every mixer"
+            f"{type(self).__name__} can't be compiled by TorchScript as it is: create the model under timm's "
+            "scriptable=True and with chela as its mixer; torch.compile and torch.export take every mixer"
         )
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:

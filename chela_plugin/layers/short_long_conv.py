@@ -26,6 +26,19 @@ class BranchNorm(nn.BatchNorm1d):
             return super().forward(x.flatten(0, -2)).view_as(x)
         return torch.zeros_like(x).masked_scatter(mask[..., None], super().forward(x[mask]))
 
+    def plain(self, image: Tensor) -> Tensor:
+        """The same over the places of `[B, D, h, w]` (`plain.py`)."""
+        return F.batch_norm(
+            image,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            0.1,  # BatchNorm's default momentum, which nothing here changes
+            self.eps,
+        )
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """What this norm is in eval mode: y = x * scale + shift, each `[D]`."""
         assert self.running_var is not None and self.running_mean is not None

@@ -1,73 +1,28 @@
 """ChelaViT: timm's Vision Transformer with a token mixer chosen by a string, and its entries in timm's registry."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx copies annotations into the code that it writes, as strings then.
 import math
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchDropout, get_act_layer, get_norm_layer, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-    register_notrace_module,
-)
+from timm.layers import LayerNorm, PatchDropout, get_act_layer, get_norm_layer, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn, get_init_weights_vit
 from torch import Tensor, nn
 
-from chela_plugin.registry import MixerSpec, create_mixer, parse_pattern
+from chela_plugin.registry import parse_pattern
+from chela_plugin.vision.block import (
+    MixerBlock,
+    init_weights_outside,
+    mixers_of,
+    no_weight_decay_of,
+    reparameterize_mixers,
+)
 
 __all__ = ["ChelaViT"]
-
-
-@register_notrace_module  # torch.fx: a leaf, since a mixer may branch on the shape of its input
-class ChelaViTBlock(nn.Module):
-    """Pre-norm block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`; each branch with LayerScale and stochastic depth.
-
-    Args:
-        dim: Width D.
-        depth: Index of this block (timm's name for it).
-        mixers: One spec a block, of the whole model.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        mixers: list[MixerSpec],
-        mlp_ratio: float,
-        init_values: float | None,
-        drop_path: float,
-        norm_layer: type[nn.Module],
-        act_layer: type[nn.Module],
-        device=None,
-        dtype=None,
-        **_attention: Any,  # num_heads, qkv_bias, ...: VisionTransformer hands them to every block; a mixer has its own
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.mixer = create_mixer(mixers[depth], dim, causal=False, depth=len(mixers), layer_idx=depth, dims=2, **dd)
-        self.uses_grid = getattr(self.mixer, "uses_grid", False)
-        self.ls1 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, **dd)
-        self.ls2 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`x` `[B, T, D]`, the patches of a `grid` row by row; returns the same shape."""
-        mixed = self.mixer(self.norm1(x), grid=grid) if self.uses_grid else self.mixer(self.norm1(x))
-        x = x + self.drop_path1(self.ls1(mixed))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ChelaViT(VisionTransformer):
@@ -85,11 +40,10 @@ class ChelaViT(VisionTransformer):
 
     Raises:
         TypeError: `mixer` is not a string.
-        ValueError: a bad spec (`MixerSpecError`), a mixer that is only causal, pooling that needs a class token or
-            attention, patch dropout with a mixer that reads the grid.
+        ValueError: a bad spec (`MixerSpecError`), an image that whole patches don't fill, pooling that needs a class
+            token or attention, patch dropout with a mixer that reads the grid.
+    A mixer that is only causal is built with a warning that names `bidirectional(...)`.
     """
-
-    _model_args: dict[str, Any]  # timm's record of what rebuilds this model
 
     def __init__(
         self,
@@ -117,13 +71,9 @@ class ChelaViT(VisionTransformer):
         device=None,
         dtype=None,
     ):
-        if not isinstance(mixer, str):
-            raise TypeError(f"mixer takes a string such as 'chela' or '3*chela + attention', got {mixer!r}")
         if global_pool not in ("", "avg", "avgmax", "max"):
             raise ValueError(f"ChelaViT has no class token; global_pool is '', avg, avgmax or max, got {global_pool!r}")
-        pattern = parse_pattern(mixer)
-        specs = pattern.expand(depth)
-        mixers = [MixerSpec.parse("chela") if spec.name == "native" else spec for spec in specs]
+        mixers = mixers_of(mixer, depth)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -146,11 +96,14 @@ class ChelaViT(VisionTransformer):
             weight_init=weight_init,
             norm_layer=get_norm_layer(norm_layer) or LayerNorm,
             act_layer=get_act_layer(act_layer) or nn.GELU,
-            block_fn=cast(type[nn.Module], partial(ChelaViTBlock, mixers=mixers)),
+            block_fn=cast(type[nn.Module], partial(MixerBlock, mixers=mixers)),
             device=device,
             dtype=dtype,
         )
-        self.mixer = str(pattern)
+        self.mixer = str(parse_pattern(mixer))
+        check_divisible(img_size, patch_size, self.patch_embed)
+        # A block takes the grid too, which a Sequential could not pass on (TorchScript compiles its forward).
+        cast(Any, self).blocks = nn.ModuleList(self.blocks)
         if patch_drop_rate > 0:
             for spec, block in zip(mixers, self.blocks, strict=True):
                 if block.uses_grid:
@@ -166,39 +119,50 @@ class ChelaViT(VisionTransformer):
         head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
         init = get_init_weights_vit(mode, head_bias, needs_reset=needs_reset)
         reset = get_init_weights_vit("reset", needs_reset=needs_reset)
-        blocks = cast(list[ChelaViTBlock], self.blocks)
-        inside_mixers = {id(module) for block in blocks for module in block.mixer.modules()}
-
-        def init_module(module: nn.Module, name: str) -> None:
-            (reset if id(module) in inside_mixers else init)(module, name=name)
-
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
-        named_apply(init_module, self)
+        init_weights_outside([block.mixer for block in cast(list[MixerBlock], self.blocks)], self, init, reset)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: the position embedding, and what the mixers mark."""
-        marked = {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
-        return {"pos_embed"} | marked
+        return {"pos_embed"} | no_weight_decay_of(self)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> "ChelaViT":
+        """Fold the branches of every mixer's convolution, in place; for inference (call eval() first)."""
+        reparameterize_mixers(self)
+        return self
+
+    @torch.jit.ignore
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """timm's: resample the position embedding, and the patch embedding, to new sizes."""
+        patch = self.patch_embed.patch_size if patch_size is None else to_2tuple(patch_size)
+        check_divisible(self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed)
+        super().set_input_size(img_size=cast(Any, img_size), patch_size=cast(Any, patch_size))
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image `[B, C, H, W]` to embedded patches `[B, T, D]` and their grid."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         return self.patch_drop(self._pos_embed(self.patch_embed(x))), grid
 
-    def _run(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no masks: a mixer sees the whole image
+    # No masks: a mixer sees the whole image. The reason stands here because TorchScript reads text behind
+    # `type: ignore` as a type.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Image `[B, C, H, W]` to class scores `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as forward
+    # As forward.
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Image `[B, C, H, W]` to normalised patch features `[B, T, D]`."""
         x, grid = self._patches(x)
         for block in self.blocks:
-            x = self._run(block, x, grid)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, grid)
+            else:
+                x = block(x, grid)
         return self.norm(x)
 
     def forward_intermediates(
@@ -229,7 +193,7 @@ class ChelaViT(VisionTransformer):
             raise ValueError("dropped patches leave no grid: use output_fmt='NLC' or eval mode with patch_drop_rate")
         features = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run(block, x, grid)
+            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
             if i in take:
                 y = self.norm(x) if norm else x
                 features.append(y.transpose(1, 2).unflatten(2, grid).contiguous() if output_fmt == "NCHW" else y)
@@ -237,6 +201,16 @@ class ChelaViT(VisionTransformer):
             out: dict[str, Any] = {"image_intermediates": features}
             return out if intermediates_only else out | {"image_features": self.norm(x)}
         return features if intermediates_only else (self.norm(x), features)
+
+
+def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], embed: nn.Module) -> None:
+    """Raise ValueError for an image that whole patches don't fill: timm would leave its edge out silently."""
+    size, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    if not embed.dynamic_img_pad and (size[0] % patch[0] or size[1] % patch[1]):
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} is not whole patches of {patch[0]} x {patch[1]}; "
+            "choose another img_size or patch_size, or dynamic_img_pad=True"
+        )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -280,7 +254,7 @@ def _create_chela_vit(variant: str, pretrained: bool, **kwargs: Any) -> ChelaViT
     )
     if isinstance(model, ChelaViT):
         # timm saves what the caller gave; the mixer belongs in a saved config also where it is the default.
-        model._model_args = {"mixer": model.mixer}
+        cast(Any, model)._model_args = {"mixer": model.mixer}
     return model
 
 

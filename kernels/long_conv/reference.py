@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chela_plugin.kernels.precision import without_autocast
+
 # Up to this many tokens the Toeplitz product is taken. One CPU core, fp32, forward and backward: for rows of images
 # (batch 64 to 512, T = 8 to 64) it is 1.4 to 4 times faster than the FFT, at batch 8 it loses from T = 16 on (9 times
 # at 128).
@@ -62,7 +64,7 @@ def long_conv_reference(x: Tensor, taps: Tensor, bias: Tensor | None, *, causal:
     """`direct` for short sequences and `fft` for long ones; fp32 inside (fp64 for fp64), x's dtype outside."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     form = direct if x.shape[1] <= DIRECT_MAX_TOKENS else fft
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = form(x.to(inner), taps.to(inner), causal=causal)
         if bias is not None:
             y = y + bias.to(inner)

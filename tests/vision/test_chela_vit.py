@@ -9,6 +9,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from chela_plugin.registry import MixerSpecError, UnknownMixerError, register_mixer
+from chela_plugin.unordered import warn_of_order
 from chela_plugin.vision import ChelaViT
 
 MIXERS = ["chela", "attention", "linear_attention", "conv", "identity", "bidirectional(gla)", "bidirectional(mamba2)"]
@@ -303,10 +304,18 @@ def test_dropped_patches_leave_the_rest_in_order():
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "gla", "attention + gated_deltanet"])
-def test_a_mixer_that_is_only_causal_is_refused_with_the_remedy(mixer):
-    with pytest.raises(ValueError, match=r"bidirectional\("):
-        tiny(mixer)
+@pytest.mark.parametrize("spec", ["mamba2", "gla", "gated_deltanet"])
+def test_a_mixer_that_is_only_causal_runs_and_warns_once_with_the_remedy(spec, image):
+    warn_of_order.cache_clear()
+    with pytest.warns(UserWarning, match=rf"bidirectional\({spec}\)") as caught:
+        model = tiny(f"attention + {spec}", depth=4)
+    assert len([w for w in caught if "causal" in str(w.message)]) == 1
+    assert model(image).isfinite().all()
+
+
+def test_an_option_that_no_mixer_of_images_takes_is_an_error_and_not_a_warning():
+    with pytest.raises(ValueError, match="not divisible by head_dim"):
+        tiny("chela(head_dim=7)")
 
 
 def test_bad_arguments_are_refused_with_one_clear_error(image):
@@ -330,6 +339,13 @@ def test_bad_arguments_are_refused_with_one_clear_error(image):
         tiny().forward_intermediates(image, is_causal=True)
     with pytest.raises(ValueError, match="output_fmt"):
         tiny().forward_intermediates(image, output_fmt="NHWC")
+    for wrong in ({"img_size": 36}, {"img_size": (32, 20)}, {"patch_size": 5}):
+        with pytest.raises(ValueError, match="not whole patches"):
+            tiny(**wrong)
+    with pytest.raises(ValueError, match="not whole patches"):
+        tiny().set_input_size(img_size=(30, 32))
+    with pytest.raises(AssertionError, match=r"divisible by patch size"):
+        tiny(dynamic_img_size=True)(torch.randn(1, 3, 30, 32))
     with pytest.raises(AssertionError, match=r"Input height \(48\)"):
         tiny()(torch.randn(1, 3, 48, 32))
 

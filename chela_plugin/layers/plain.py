@@ -1,0 +1,139 @@
+"""Plain forms of the convolution and the mixer: what TorchScript compiles and every ONNX exporter knows.
+
+Same weights and same functions as `ShortLongConv` and `Chela`, two-sided only, without caches and masks, in real
+arithmetic: no FFT, no operator of ours. The long kernels are depthwise convolutions here, O(T) taps a token, which for
+the rows and columns of an image is little. Branches run one by one as in the definition; `reparameterize()` folds them.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .chela import Chela
+from .long_kernel import precise
+from .short_long_conv import ShortLongConv, two_sided
+
+Form = TypeVar("Form", bound=nn.Module)
+
+
+def with_weights_of(module: nn.Module, form: type[Form]) -> Form:
+    """A `form`, a subclass of the module's class that adds no state, over the module's own parameters and buffers."""
+    twin = form.__new__(form)
+    twin.__dict__.update(module.__dict__)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+class PlainConv(ShortLongConv):
+    """`ShortLongConv` on images `[B, D, h, w]`; a sequence is an image of one row."""
+
+    __constants__ = ("dims", "folded", "group_size", "sides")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self
+
+    # Fewer arguments than its base on purpose, and TorchScript reads any text behind `type: ignore` as a type.
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
+        # TorchScript leaves out the branch not taken of an if and else over a bool, a None or a hasattr, nothing else.
+        if self.folded:
+            y = depthwise(image, self.short_taps, self.dims) + self.bias[:, None, None]
+            if self.long_kernel is not None:
+                y = y + self.long_branch(image) * self.long_scale[:, None, None]
+        else:
+            branches = [depthwise(image, kernel, self.dims) for kernel in self.short_kernels]
+            if self.long_kernel is not None:
+                branches.append(self.long_branch(image))
+            y = self.normed(branches)
+        return y
+
+    def normed(self, branches: list[Tensor]) -> Tensor:
+        """The sum of the branches, each under its norm."""
+        y = torch.zeros_like(branches[0])
+        if hasattr(self, "norms"):
+            for i, norm in enumerate(self.norms):
+                y = y + norm.plain(branches[i])  # type: ignore[operator]
+        else:
+            for i, branch in enumerate(branches):
+                y = y + branch * self.scales[i][:, None, None]
+            y = y + self.bias[:, None, None]
+        return y
+
+    def long_branch(self, image: Tensor) -> Tensor:
+        """The long kernel before its norm: along the row, and with `dims=2` along the column too."""
+        h, w = image.shape[2], image.shape[3]
+        assert self.long_kernel is not None
+        taps = self.long_kernel.taps(max(h, w))
+        taps = taps.view(self.sides, -1, taps.shape[-1]).repeat_interleave(self.group_size, dim=1)
+        y = depthwise(image, two_sided(taps[0, :, :w], taps[1, :, :w]).unsqueeze(1), 2)
+        if self.dims == 2:
+            y = y + depthwise(image, two_sided(taps[2, :, :h], taps[3, :, :h]).unsqueeze(2), 2)
+        return y
+
+
+def depthwise(image: Tensor, kernel: Tensor, dims: int) -> Tensor:
+    """Convolution, not correlation, of every channel: kernel `[D, kh, kw]`, or `[D, kw]` with `dims=1`; odd sizes."""
+    kernel = kernel if dims == 2 else kernel.unsqueeze(1)
+    weight = kernel.flip(1, 2).unsqueeze(1).to(image.dtype)
+    padding = [kernel.shape[1] // 2, kernel.shape[2] // 2]
+    return F.conv2d(image, weight, None, [1, 1], padding, [1, 1], image.shape[1])
+
+
+class PlainChela(Chela):
+    """`Chela` on a grid, or on a sequence with `dims=1`."""
+
+    __constants__ = ("key_dim", "num_heads", "phi_name", "qk_from", "uses_grid", "value_dim")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self
+
+    # As in PlainConv.
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
+        """`[B, T, D]` to `[B, T, D]`."""
+        z = F.silu(self.conv(on_grid(x, grid, self.uses_grid)).flatten(2).transpose(1, 2))
+        seen = z if self.qk_from == "z" else x
+        heads = [self.num_heads, self.key_dim]
+        q = feature_map(self.q(seen).unflatten(-1, heads), self.phi_name).transpose(1, 2)  # [B, H, T, K]
+        k = feature_map(self.k(seen).unflatten(-1, heads), self.phi_name).transpose(1, 2)
+        v = F.silu(self.v(x)).unflatten(-1, [self.num_heads, self.value_dim])
+        o = precise(q) @ (precise(k).transpose(-1, -2) @ precise(v).transpose(1, 2)) * self.key_dim**-0.5
+        return self.joined(o.transpose(1, 2).to(x.dtype), v, z, x)
+
+
+def on_grid(x: Tensor, grid: tuple[int, int] | None, uses_grid: bool) -> Tensor:
+    """Tokens `[B, T, D]` as an image `[B, D, h, w]`; without a grid, of one row."""
+    if grid is None:
+        if uses_grid:
+            raise ValueError("this mixer is two-dimensional and needs grid=(height, width)")
+        return x.transpose(1, 2).unsqueeze(2)
+    return x.transpose(1, 2).unflatten(2, [grid[0], grid[1]])
+
+
+def feature_map(x: Tensor, name: str) -> Tensor:
+    """`chela.FEATURE_MAPS`, spelled for TorchScript."""
+    if name == "silu":
+        return F.silu(x)
+    if name == "elu1":
+        return F.elu(x) + 1
+    if name == "relu":
+        return F.relu(x)
+    if name == "l2":
+        return F.normalize(x, dim=-1)
+    return x
+
+
+def plain_conv(conv: ShortLongConv) -> PlainConv:
+    """Raises ValueError for a causal convolution: language models are not deployed this way."""
+    if conv.causal:
+        raise ValueError("a causal short-long convolution has no plain form; torch.export takes it as it is")
+    return with_weights_of(conv, PlainConv)
+
+
+def plain_chela(mixer: Chela) -> PlainChela:
+    """As `plain_conv`."""
+    plain = with_weights_of(mixer, PlainChela)
+    plain._modules["conv"] = plain_conv(mixer.conv)
+    return plain
