@@ -122,7 +122,7 @@ def _triton(
     want_state: bool,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     from . import ops
 
     K, V = q.shape[3], v.shape[3]
@@ -138,7 +138,7 @@ def _triton(
     run = ops.forward_op if save or _traced(q) else ops.forward
     o, state, _ = run(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, want_state, save)
     if pad_K or pad_V:
-        return o[..., :V], state[..., :K, :V] if want_state else state
+        return o[..., :V], None if state is None else state[..., :K, :V]
     return o, state
 
 

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 # Programs that keep an H100 (132 multiprocessors) busy: with fewer, sequences are cut into segments until there are
 # about TARGET. Cutting costs one more pass over two inputs, so it must gain more than a quarter.
 ENOUGH_PROGRAMS = 96
@@ -58,15 +60,19 @@ def segment_size(rows: int, heads: int, time: int, columns: int) -> int:
     return -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
 
 
-def fits_one_program(row_bytes: int) -> bool:
-    """Whether one program can do both passes of a bidirectional sequence: its tiles must fit the shared memory."""
-    return row_bytes <= 256
+def fits_one_program(width: int, dtype: torch.dtype) -> bool:
+    """Whether one program can do both passes of a bidirectional sequence: its states must fit the shared memory.
+
+    bf16 states are read in bf16, fp16 and fp32 ones in fp32.
+    """
+    return width <= (128 if dtype == torch.bfloat16 else 64)
 
 
-def bidirectional_segment_size(rows: int, heads: int, time: int, row_bytes: int) -> int:
-    """As `segment_size`, but sequences that do not fit one program are cut wherever that makes more programs."""
+def bidirectional_segment_size(rows: int, heads: int, time: int, width: int) -> int:
+    """As `segment_size`: here cutting costs no second look at an input, only two more launches."""
     programs = rows * heads
-    if programs >= (ENOUGH_PROGRAMS if fits_one_program(row_bytes) else TARGET_PROGRAMS) or time < 2 * SHORTEST_SEGMENT:
+    target = TARGET_PROGRAMS if width <= 64 else TARGET_PROGRAMS // 2
+    if programs >= target or time < 2 * SHORTEST_SEGMENT:
         return time
-    size = -(-time // min(-(-TARGET_PROGRAMS // programs), time // SHORTEST_SEGMENT))
+    size = -(-time // min(-(-target // programs), time // SHORTEST_SEGMENT))
     return -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE

@@ -19,7 +19,6 @@ DECAY_NONE, DECAY_STATIC, DECAY_PER_TOKEN = 0, 1, 2
 SCAN_BLOCK = 1024
 DECAY_TILE = 1024
 STEP_COLUMNS = 32
-PAIR_WIDTH = 64  # up to here dk and dv come from one program
 
 
 class Cut(NamedTuple):
@@ -51,7 +50,7 @@ def count_segments(q: Tensor, cu_seqlens: Tensor | None, size: int) -> int:
     """Segments in all. Packed sequences have their lengths on the device: there it is as many as there can be."""
     batch, time = q.shape[:2]
     if cu_seqlens is None:
-        return batch * triton.cdiv(time, size)
+        return batch * _blocks(time, size)
     rows = cu_seqlens.shape[0] - 1
     return rows if size >= time else time // size + rows
 
@@ -78,7 +77,7 @@ def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: 
     batch, time, heads, K = q.shape
     V = v.shape[3]
     columns = min(blocks_for("forward", K, V, q.element_size(), decay).columns, width_block(V))
-    return segment_size(batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, time, triton.cdiv(V, columns))
+    return segment_size(batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, time, _blocks(V, columns))
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -104,7 +103,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def width_block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 class Decay(NamedTuple):
@@ -122,12 +121,12 @@ def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Deca
     if log_decay.dim() == 1:
         return Decay(DECAY_STATIC, log_decay.contiguous(), q, 0)
     batch, time, heads = log_decay.shape
-    stride = (triton.cdiv(batch * time, chunk) + plan.segments) * chunk
+    stride = (_blocks(batch * time, chunk) + plan.segments) * chunk
     g = torch.empty(heads, stride, dtype=torch.float32, device=q.device)
-    grid = (plan.segments, triton.cdiv(plan.size, chunk))
+    grid = (plan.segments, _blocks(plan.size, chunk))
     kernels.cumulative_decay[grid](
         log_decay, g, _or(plan.cuts, q), time, heads, plan.size, plan.per_row, *log_decay.stride(), stride,
-        VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, triton.next_power_of_2(heads)),
+        VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, width_block(heads)),
         num_warps=4,
     )  # fmt: skip
     return Decay(DECAY_PER_TOKEN, log_decay, g, stride)
@@ -143,8 +142,8 @@ def causal_forward(
     scale: float,
     want_state: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(o, final state or [0], states at the segments' bounds for the backward pass or [0])`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(o, final state or None, states at the segments' bounds for the backward pass or None)`."""
     _prepare(q)
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
@@ -155,24 +154,19 @@ def causal_forward(
     plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    final = _states(q, rows if want_state else 0, heads, K, V)
-    carry: Tensor | None = initial_state
-    ends = final
-    saved = _states(q, 0, heads, K, V)
+    final = _states(q, rows, heads, K, V) if want_state else None
+    carry, ends, saved = initial_state, final, None
     if plan.two_levels:
-        carry, _ = _segment_starts(
-            k, v, plan, decay, blocks.chunk, initial_state, 1.0, final if want_state else None, 1.0, reverse=False
-        )
-        if save and log_decay is None:
-            saved = ends = _states(q, plan.segments, heads, K, V)
-        elif save:
-            saved = carry
+        carry, _ = _segment_starts(k, v, plan, decay, blocks.chunk, initial_state, 1.0, final, 1.0, reverse=False)
+        ends = _states(q, plan.segments, heads, K, V) if save and log_decay is None else None
+        if save:
+            saved = carry if ends is None else ends
     o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
-    kernels.forward[(plan.segments * heads * triton.cdiv(V, columns),)](
-        q, k, v, o, decay.log_decay, decay.g, decay.stride, _or(carry, final), ends, _or(plan.cuts, q), scale,
+    kernels.forward[(plan.segments * heads * _blocks(V, columns),)](
+        q, k, v, o, decay.log_decay, decay.g, decay.stride, _or(carry, q), _or(ends, q), _or(plan.cuts, q), scale,
         time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=decay.kind, CARRY=carry is not None,
-        END=(saved.numel() > 0 and log_decay is None) if plan.two_levels else want_state,
+        END=ends is not None,
         VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages,
         num_warps=blocks.warps,
     )  # fmt: skip
@@ -186,13 +180,13 @@ def causal_backward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    final: Tensor,
-    saved: Tensor,
+    final: Tensor | None,
+    saved: Tensor | None,
     do: Tensor,
     dfinal: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and initial_state; `[0]` for what was not given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, log_decay and initial_state; None for what was not given."""
     _prepare(q)
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
@@ -204,38 +198,37 @@ def causal_backward(
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    dinitial = _states(q, 0 if initial_state is None else rows, heads, K, V)
-    k_columns = triton.cdiv(K, XK)
+    dinitial = None if initial_state is None else _states(q, rows, heads, K, V)
+    k_columns = _blocks(K, XK)
     inner = None  # <S, dS> at the segments' ends, `[parts, segments, H]`
     before: Tensor | None
     after: Tensor | None
     if plan.two_levels:
         before = saved
         after, inner = _segment_starts(
-            q, do, plan, decay, blocks.chunk, dfinal, 1.0 / scale, None if initial_state is None else dinitial, scale,
+            q, do, plan, decay, blocks.chunk, dfinal, 1.0 / scale, dinitial, scale,
             reverse=True, before=None if log_decay is None else saved, last=final,
         )  # fmt: skip
     else:
         before, after = (final if log_decay is None else initial_state), dfinal
         if dfinal is not None and log_decay is not None:
+            assert final is not None
             inner = (final * dfinal).sum((-1, -2))[None]
     dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     dots = torch.empty(2, k_columns if decay.kind else 0, heads, batch * time, dtype=torch.float32, device=q.device)
-    pair = max(K, V) <= PAIR_WIDTH
-    roles = k_columns + 1 if pair else 2 * k_columns + triton.cdiv(V, XV)
-    grid = (plan.segments * heads * roles,)
+    grid = (plan.segments * heads * (2 * k_columns + _blocks(V, XV)),)
     kernels.backward[grid](
         q, k, v, do, dq, dk, dv, dots[0], dots[1], batch * time, decay.log_decay, decay.g, decay.stride,
-        _or(before, final), _or(after, final), dinitial, _or(plan.cuts, q), scale, time, heads, plan.size, plan.per_row,
+        _or(before, q), _or(after, q), _or(dinitial, q), _or(plan.cuts, q), scale, time, heads, plan.size, plan.per_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
         BEFORE=before is not None, AFTER=after is not None, END=initial_state is not None and not plan.two_levels,
-        PAIR=pair, AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
+        AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     if log_decay is None:
-        return dq, dk, dv, dots.new_empty(0), dinitial
+        return dq, dk, dv, None, dinitial
     static = log_decay.dim() == 1
     shape = (plan.segments, heads) if static else (batch, time, heads)
     ddecay = torch.empty(shape, dtype=torch.float32 if static else log_decay.dtype, device=q.device)
@@ -275,14 +268,14 @@ def _segment_starts(
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
     totals = torch.empty(plan.segments, heads, dtype=torch.float32, device=a.device)
-    kernels.gather[(plan.segments * heads * triton.cdiv(X, columns),)](
+    kernels.gather[(plan.segments * heads * _blocks(X, columns),)](
         a, b, states, totals, decay.log_decay, decay.g, decay.stride, a, _or(plan.cuts, a), time, heads, plan.size,
         plan.per_row, *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
         DECAY=decay.kind, REVERSE=reverse, MASK=False, SKIP=final is None and not plan.table,
         VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(a.dtype), STAGES=blocks.stages,
         num_warps=blocks.warps,
     )  # fmt: skip
-    parts = triton.cdiv(W * X, SCAN_BLOCK)
+    parts = _blocks(W * X, SCAN_BLOCK)
     inner = None if before is None else totals.new_zeros(parts, plan.segments, heads)
     kernels.scan[(plan.rows * heads * parts,)](
         states, totals, _or(initial, states), initial_scale, _or(final, states), final_scale, _or(plan.first, states),
@@ -302,33 +295,34 @@ def bidirectional_forward(
     mask: Tensor | None,
     scale: float,
     want_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """`(o, state or [0])`."""
+) -> tuple[Tensor, Tensor | None]:
+    """`(o, state or None)`."""
     _prepare(q)
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
     blocks, plan, fused = _bidirectional_plan(q, v, cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    state = _states(q, plan.rows if want_state or not fused else 0, heads, K, V)
+    state = _states(q, plan.rows, heads, K, V) if want_state or not fused else None
     o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     if fused:
         both.forward[(plan.rows * heads,)](
-            q, k, v, o, state, _or(initial_state, state), _bytes(mask, q), _or(plan.cuts, q), scale, time, heads,
+            q, k, v, o, _or(state, q), _or(initial_state, q), _bytes(mask, q), _or(plan.cuts, q), scale, time, heads,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K=K, V=V, BK=width_block(K), BV=width_block(V),
             BT=blocks.chunk, INITIAL=initial_state is not None, END=want_state, MASK=mask is not None,
             VARLEN=plan.cuts is not None, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
         )  # fmt: skip
         return o, state
+    assert state is not None
     _sum_segments(k, v, plan, blocks.chunk, mask, initial_state, 1.0, [(state, 1.0)])
     blocks = blocks_for("read", K, V, q.element_size(), False)
     columns = min(blocks.columns, width_block(V))
-    both.read_forward[(plan.segments * heads * triton.cdiv(V, columns),)](
+    both.read_forward[(plan.segments * heads * _blocks(V, columns),)](
         q, o, state, _or(plan.cuts, q), _or(plan.owner, q), scale, time, heads, plan.size, plan.per_row,
         *q.stride()[:3], K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, VARLEN=plan.cuts is not None,
         TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
-    return o, state if want_state else state.new_empty(0)
+    return o, state if want_state else None
 
 
 def bidirectional_backward(
@@ -342,32 +336,32 @@ def bidirectional_backward(
     do: Tensor,
     dstate: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and initial_state; `[0]` for the last where it was not given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and initial_state; None for the last where it was not given."""
     _prepare(q)
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
     V = v.shape[3]
     blocks, plan, fused = _bidirectional_plan(q, v, cu_seqlens)
     dstate = None if dstate is None else dstate.contiguous()
-    dinitial = _states(q, 0 if initial_state is None else plan.rows, heads, K, V)
+    dinitial = None if initial_state is None else _states(q, plan.rows, heads, K, V)
     dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     if fused:
         both.backward[(plan.rows * heads,)](
-            q, k, v, do, dq, dk, dv, state, _or(dstate, state), dinitial, _bytes(mask, q), _or(plan.cuts, q), scale,
-            time, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            q, k, v, do, dq, dk, dv, state, _or(dstate, state), _or(dinitial, q), _bytes(mask, q), _or(plan.cuts, q),
+            scale, time, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, DSTATE=dstate is not None,
             END=initial_state is not None, MASK=mask is not None, VARLEN=plan.cuts is not None,
             PRECISION=precision(q.dtype), STAGES=min(blocks.stages, 2), num_warps=blocks.warps,
         )  # fmt: skip
         return dq, dk, dv, dinitial
     R = _states(q, plan.rows, heads, K, V)
-    outs = [(R, 1.0)] + ([] if initial_state is None else [(dinitial, scale)])
+    outs = [(R, 1.0)] + ([] if dinitial is None else [(dinitial, scale)])
     _sum_segments(q, do, plan, blocks.chunk, None, dstate, 1.0 / scale, outs)
     blocks = blocks_for("read", K, V, q.element_size(), False)
     XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
-    both.read_backward[(plan.segments * heads * (2 * triton.cdiv(K, XK) + triton.cdiv(V, XV)),)](
+    both.read_backward[(plan.segments * heads * (2 * _blocks(K, XK) + _blocks(V, XV)),)](
         k, v, do, dq, dk, dv, state, R, _bytes(mask, q), _or(plan.cuts, q), _or(plan.owner, q), scale, time, heads,
         plan.size, plan.per_row, *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, MASK=mask is not None,
@@ -381,9 +375,10 @@ def _bidirectional_plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tupl
     """Blocks, segments, and whether one program does a whole sequence and head."""
     batch, time, heads, K = q.shape
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    row_bytes = max(K, v.shape[3]) * q.element_size()
-    plan = cut(q, cu_seqlens, bidirectional_segment_size(rows, heads, time, row_bytes))
-    fused = not plan.two_levels and fits_one_program(row_bytes)
+    width = max(K, v.shape[3])
+    fits = fits_one_program(width, q.dtype)
+    plan = cut(q, cu_seqlens, bidirectional_segment_size(rows, heads, time, width))
+    fused = not plan.two_levels and fits
     return blocks_for("bidirectional", K, v.shape[3], q.element_size(), False), plan, fused
 
 
@@ -403,14 +398,14 @@ def _sum_segments(
     blocks = blocks_for("gather", W, X, a.element_size(), False)
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
-    kernels.gather[(plan.segments * heads * triton.cdiv(X, columns),)](
+    kernels.gather[(plan.segments * heads * _blocks(X, columns),)](
         a, b, states, states, a, a, 0, _bytes(mask, a), _or(plan.cuts, a), time, heads, plan.size, plan.per_row,
         *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
         REVERSE=False, MASK=mask is not None, SKIP=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     first, factor = outs[0]
-    kernels.scan[(plan.rows * heads * triton.cdiv(W * X, SCAN_BLOCK),)](
+    kernels.scan[(plan.rows * heads * _blocks(W * X, SCAN_BLOCK),)](
         states, states, _or(initial, states), initial_scale, first, factor, _or(plan.first, states), states, states,
         states, 1.0, heads, plan.per_row, plan.segments, SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=False, REVERSE=False,
         INITIAL=initial is not None, FINAL=True, INNER=False, TABLE=plan.table, num_warps=4,
@@ -431,11 +426,16 @@ def step(
     new_state = torch.empty_like(state)
     columns = min(STEP_COLUMNS, width_block(V))
     d_b, d_h = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
-    kernels.step[(batch * heads * triton.cdiv(V, columns),)](
+    kernels.step[(batch * heads * _blocks(V, columns),)](
         q, k, v, state, _or(log_decay, q), o, new_state, scale, heads, *q.stride()[:2], *k.stride()[:2],
         *v.stride()[:2], d_b, d_h, K=K, V=V, BK=width_block(K), BX=columns, DECAY=log_decay is not None, num_warps=4,
     )  # fmt: skip
     return o, new_state
+
+
+def _blocks(total: int, size: int) -> int:
+    """Blocks of `size` that hold `total`; `triton.cdiv` takes microseconds on the host."""
+    return -(-total // size)
 
 
 def _prepare(q: Tensor) -> None:
@@ -444,9 +444,8 @@ def _prepare(q: Tensor) -> None:
 
 
 def _states(q: Tensor, count: int, heads: int, K: int, V: int) -> Tensor:
-    """Room for `count` fp32 states; `[0]` for none."""
-    shape = (count, heads, K, V) if count else (0,)
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+    """Room for `count` fp32 states."""
+    return torch.empty(count, heads, K, V, dtype=torch.float32, device=q.device)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The Triton kernels as torch operators: `torch.compile` and `torch.export` see one node, autograd its gradient.
 
-    chela::linear_attention            o, final state, states kept for the backward pass (`[0]` where there are none)
-    chela::linear_attention_backward   gradients of q, k, v, log_decay and initial_state (`[0]` where not given)
+    chela::linear_attention            o, final state, states kept for the backward pass
+    chela::linear_attention_backward   gradients of q, k, v, log_decay and initial_state
     chela::linear_attention_step       o, new state; without a gradient
 
+An operator returns an empty tensor for what there is none of; the functions under it return None.
 Arguments are what `check_inputs` has passed, with widths that fill whole 16-byte rows.
 """
 
@@ -32,7 +33,7 @@ def forward(
     causal: bool,
     want_state: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = q.dtype
     q, k, v = _interpretable(q), _interpretable(k), _interpretable(v)
     want_state = want_state or (save and log_decay is None)
@@ -43,7 +44,7 @@ def forward(
             )
         else:
             o, state = launch.bidirectional_forward(q, k, v, initial_state, cu_seqlens, mask, scale, want_state)
-            saved = state.new_empty(0)
+            saved = None
     return o.to(dtype), state, saved
 
 
@@ -55,15 +56,14 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
-    state: Tensor,
-    saved: Tensor,
+    state: Tensor | None,
+    saved: Tensor | None,
     do: Tensor,
     dstate: Tensor | None,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dtype = q.dtype
-    decay_dtype = dtype if log_decay is None else log_decay.dtype
     q, k, v, do = _interpretable(q), _interpretable(k), _interpretable(v), _interpretable(do)
     with _on(q):
         if causal:
@@ -71,12 +71,11 @@ def backward(
                 q, k, v, log_decay, initial_state, cu_seqlens, state, saved, do, dstate, scale
             )
         else:
+            assert state is not None
             dq, dk, dv, dinitial = launch.bidirectional_backward(
                 q, k, v, initial_state, cu_seqlens, mask, state, do, dstate, scale
             )
-            ddecay = dinitial.new_empty(0)
-    if log_decay is not None:
-        ddecay = ddecay.to(decay_dtype)
+            ddecay = None
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), ddecay, dinitial
 
 
@@ -90,17 +89,24 @@ def step(
     return o.to(dtype), state
 
 
+def _filled(outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """With an empty tensor for None: an operator's outputs are tensors."""
+    first = outputs[0]
+    assert first is not None
+    return tuple(first.new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
+
+
 forward_op = torch.library.custom_op(
     _NAME,
-    forward,
+    lambda *args: _filled(forward(*args)),
     mutates_args=(),
     schema=f"({_INPUTS}, float scale, bool causal, bool want_state, bool save) -> (Tensor, Tensor, Tensor)",
 )
 backward_op = torch.library.custom_op(
     f"{_NAME}_backward",
-    backward,
+    lambda *args: _filled(backward(*args)),
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor state, Tensor saved, Tensor do, Tensor? dstate, float scale, bool causal)"
+    schema=f"({_INPUTS}, Tensor? state, Tensor? saved, Tensor do, Tensor? dstate, float scale, bool causal)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 step_op = torch.library.custom_op(
@@ -116,23 +122,24 @@ def _forward_fake(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, ca
     batch, time, heads, K = q.shape
     V = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = (rows, heads, K, V) if want_state or (save and log_decay is None) else (0,)
-    saved = (0,)
+    state = saved = None
+    if want_state or (save and log_decay is None):
+        state = q.new_empty(rows, heads, K, V, dtype=torch.float32)
     if causal and save:
         size = launch.causal_segment_size(q, v, cu_seqlens, log_decay is not None)
         segments = launch.count_segments(q, cu_seqlens, size)
-        saved = (segments, heads, K, V) if segments != rows else (0,)
-    kept = q.new_empty(saved, dtype=torch.float32)
-    return q.new_empty(batch, time, heads, V), q.new_empty(state, dtype=torch.float32), kept
+        if segments != rows:
+            saved = q.new_empty(segments, heads, K, V, dtype=torch.float32)
+    return _filled((q.new_empty(batch, time, heads, V), state, saved))
 
 
 @backward_op.register_fake
 def _backward_fake(q, k, v, log_decay, initial_state, cu_seqlens, mask, state, saved, do, dstate, scale, causal):
-    ddecay = q.new_empty(0) if log_decay is None else torch.empty_like(log_decay, memory_format=torch.contiguous_format)
-    dinitial = q.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
-    if log_decay is None:
-        ddecay = ddecay.to(torch.float32)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), ddecay, dinitial
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    ddecay = None if log_decay is None else log_decay.new_empty(log_decay.shape)
+    return _filled(
+        (dq, dk, dv, ddecay, None if initial_state is None else initial_state.new_empty(initial_state.shape))
+    )
 
 
 @step_op.register_fake
@@ -142,7 +149,7 @@ def _step_fake(q, k, v, state, log_decay, scale):
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, _want_state, _save = inputs
-    _o, state, saved = output
+    _o, state, saved = (x if x.numel() else None for x in output)
     ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, mask, state, saved)
     ctx.scale, ctx.causal = scale, causal
     ctx.set_materialize_grads(False)

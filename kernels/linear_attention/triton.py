@@ -215,58 +215,6 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
 
 
 @triton.jit
-def _walk_pair(q, k, v, do, dk, dv, dot_k, q_t, k_t, v_t, do_t, H, after, after_scale, dinitial, n, log_decay, g, scale,
-               K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-               DECAY: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr, PRECISION: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
-    """dk and dv of one segment at once, against time, from one R: for widths whose tiles fit the registers."""
-    q_tiles = _tiles(q, n, q_t, K, BT, BK)
-    k_tiles = _tiles(k, n, k_t, K, BT, BK)
-    v_tiles = _tiles(v, n, v_t, V, BT, BV)
-    do_tiles = _tiles(do, n, do_t, V, BT, BV)
-    dk_tiles = _tiles(dk, n, H * K, K, BT, BK)
-    dv_tiles = _tiles(dv, n, H * V, V, BT, BV)
-    w, x = tl.arange(0, BK)[:, None], tl.arange(0, BV)[None, :]
-    live = (w < K) & (x < V)
-    R = tl.load(after + w * V + x, live, other=0.0) * after_scale if AFTER else tl.zeros((BK, BV), tl.float32)
-    place = tl.arange(0, BT)
-    seen = place[:, None] <= place[None, :]
-    chunks = tl.cdiv(n, BT)
-    g_tiles = _sums(g, n, DECAY, BT)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        t0 = (chunks - 1 - i) * BT
-        q_tile = q_tiles.load([t0, 0])
-        k_tile = k_tiles.load([t0, 0])
-        v_tile = v_tiles.load([t0, 0])
-        do_tile = do_tiles.load([t0, 0])
-        dv_tile = _read(k_tile, R, PRECISION)
-        dk_tile = _read(v_tile, tl.trans(R), PRECISION)
-        P = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        dP = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-        if DECAY:
-            g_t, g_end = _chunk_decay(log_decay, g, g_tiles, t0, n, DECAY, BT)
-            to_end = tl.exp2(g_end - g_t)
-            dv_tile *= to_end[:, None]
-            dk_tile *= to_end[:, None]
-            D = tl.where(seen, tl.exp2(g_t[None, :] - g_t[:, None]), 0.0)
-            P *= D
-            dP *= D
-            R = _add(R, q_tile, do_tile, tl.exp2(g_t), tl.exp2(g_end), DECAY, PRECISION)
-        else:
-            P = tl.where(seen, P, 0.0)
-            dP = tl.where(seen, dP, 0.0)
-            R = _add(R, q_tile, do_tile, 1.0, 1.0, DECAY, PRECISION)
-        dv_tile = tl.dot(P.to(q.dtype.element_ty), do_tile, acc=dv_tile, input_precision=PRECISION) * scale
-        dk_tile = tl.dot(dP.to(q.dtype.element_ty), q_tile, acc=dk_tile, input_precision=PRECISION) * scale
-        if DECAY:
-            tl.store(dot_k + t0 + place, tl.sum(dk_tile * k_tile.to(tl.float32), 1), t0 + place < n)
-        dv_tiles.store([t0, 0], dv_tile.to(dv.dtype.element_ty))
-        dk_tiles.store([t0, 0], dk_tile.to(dk.dtype.element_ty))
-    if END:
-        tl.store(dinitial + w * V + x, R * scale, live)
-
-
-@triton.jit
 def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, SEG, SEGMENTS,
             q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
             K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BT: tl.constexpr,
@@ -299,7 +247,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stri
              scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
              K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, XK: tl.constexpr, XV: tl.constexpr,
              BT: tl.constexpr, DECAY: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr,
-             PAIR: tl.constexpr, AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
+             AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
              PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """The three gradients as three roles; R_s = sum_{t > s} exp(g_t - g_s) q_t^T dO_t + exp(g_T - g_s) dS_T / scale.
 
@@ -316,7 +264,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stri
     """
     k_columns: tl.constexpr = (K + XK - 1) // XK
     v_columns: tl.constexpr = (V + XV - 1) // XV
-    roles: tl.constexpr = k_columns + 1 if PAIR else 2 * k_columns + v_columns
+    roles: tl.constexpr = 2 * k_columns + v_columns
     pid = tl.program_id(0)
     role = pid % roles
     h = (pid // roles) % H
@@ -352,18 +300,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stri
     if DECAY == 0:
         strict = 1 if is_dq else 0
         scale = -scale if is_dq else scale
-    if PAIR:
-        dot = dot_q
-        if DECAY:
-            dot = (dot_q if is_dq else dot_k) + (role % k_columns * H + h) * tokens + at
-        if is_dq:
-            _walk(do, v, k, q, dq, dot, do_t, v_t, k_t, q_t, H * K, before, before_rows, 1, V, before_scale, before, 0,
-                  1.0, role * XK, n, log_decay, g, scale, against, strict,
-                  V, K, BV, XK, BT, DECAY, BEFORE, False, DECAY != 0, PRECISION, STAGES)  # fmt: skip
-        else:
-            _walk_pair(q, k, v, do, dk, dv, dot, q_t, k_t, v_t, do_t, H, after, after_scale, dinitial, n, log_decay, g,
-                       scale, K, V, BK, BV, BT, DECAY, AFTER, END, PRECISION, STAGES)  # fmt: skip
-    elif K == V and DECAY == 0:  # one body for the three roles: less code, less shared memory
+    if K == V and DECAY == 0:  # one body for the three roles: less code, less shared memory
         _walk(do if is_dq else (k if is_dv else v), v if is_dq else (q if is_dv else do),
               k if is_dq else (do if is_dv else q), q, dq if is_dq else (dv if is_dv else dk), dot_q,
               do_t if is_dq else (k_t if is_dv else v_t), v_t if is_dq else (q_t if is_dv else do_t),
