@@ -1,8 +1,11 @@
 """ChelaConfig: sizes of the language model and the string that names its mixers."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from chela_plugin.lm.distributions import distributions, parse_saved
 from chela_plugin.registry import MixerSpec, parse_pattern
 
 
@@ -23,6 +26,7 @@ class ChelaConfig(PreTrainedConfig):
             themselves.
         tie_word_embeddings: Whether the output layer shares the embedding's weight.
         use_cache: Whether a forward pass outside training returns a cache.
+        mixer_distributions: Written when the config is saved: what to install for mixers that are not ours.
 
     Raises:
         MixerSpecError (a ValueError): `mixer` is no valid pattern.
@@ -42,6 +46,7 @@ class ChelaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    mixer_distributions: dict[str, str] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -52,8 +57,12 @@ class ChelaConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.mixer = str(parse_pattern(self.mixer))
+        self.mixer = str(parse_saved(self.mixer, self.mixer_distributions))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved."""
+        return super().to_dict() | {"mixer_distributions": distributions(parse_pattern(self.mixer)) or None}
 
     def mixer_specs(self) -> list[MixerSpec]:
         """One spec a block, `native` resolved."""
