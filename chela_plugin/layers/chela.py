@@ -183,8 +183,7 @@ class Chela(Mixer):
         """What follows the attention: skip, norm, gate, output projection, update gate. o, v `[B, T, H, V]`."""
         if self.skip is not None:
             o = o + self.skip.to(v.dtype)[:, None] * v
-        y = F.rms_norm(o, [self.value_dim], eps=1e-5) * self.head_norm.to(o.dtype)
-        y = y.flatten(-2)
+        y = (self.rms_norm(o) * self.head_norm.to(o.dtype)).flatten(-2)
         if self.g is not None:
             y = y * F.silu(self.g(z))
         y = self.proj(y)
@@ -192,6 +191,9 @@ class Chela(Mixer):
             update = torch.sigmoid(self.u(z))
             y = update * y + (1 - update) * x
         return y
+
+    def rms_norm(self, o: Tensor) -> Tensor:
+        return F.rms_norm(o, [self.value_dim], eps=1e-5)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is None:

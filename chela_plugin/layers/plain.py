@@ -102,6 +102,11 @@ class PlainChela(Chela):
         o = precise(q) @ (precise(k).transpose(-1, -2) @ precise(v).transpose(1, 2)) * self.key_dim**-0.5
         return self.joined(o.transpose(1, 2).to(x.dtype), v, z, x)
 
+    def rms_norm(self, o: Tensor) -> Tensor:
+        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks it.
+        wide = precise(o)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
+
 
 def on_grid(x: Tensor, grid: tuple[int, int] | None, uses_grid: bool) -> Tensor:
     """Tokens `[B, T, D]` as an image `[B, D, h, w]`; without a grid, of one row."""
