@@ -31,10 +31,10 @@ def swap_mixers(model: nn.Module, pattern: str) -> int:
 
     Args:
         model: a timm model whose blocks hold an attention of the ViT kind at `.attn`; a ChelaViT; a ChelaForCausalLM
-            or ChelaModel; or a module that holds one of these. New mixers are freshly initialised, on the device, in
-            the dtype and in the mode (train or eval) of what they replace.
+            or ChelaModel; a model of fla; or a module that holds one of these. New mixers are freshly initialised, on
+            the device, in the dtype and in the mode (train or eval) of what they replace.
         pattern: `'chela'`, `'3*chela + native'`, repeated over the blocks; `native` keeps the mixer that a block has.
-            In ChelaViT and ChelaForCausalLM the string that is saved with the model follows.
+            In ChelaViT, ChelaForCausalLM and fla's models the string that is saved with the model follows.
 
     In timm's models class and register tokens come first and are part of the sequence that the new mixer sees.
     When an error is raised the model is as it was.
@@ -44,7 +44,7 @@ def swap_mixers(model: nn.Module, pattern: str) -> int:
         ValueError: no block whose mixer can be replaced, every block kept as `native`, or a mixer that refuses.
     """
     terms = parse_pattern(pattern)
-    slots: list[Slot] = [*own_slots(model)] or [*timm_slots(model)]
+    slots: list[Slot] = [*own_slots(model), *fla_slots(model)] or [*timm_slots(model)]
     if not slots:
         raise ValueError(f"{type(model).__name__} has no block whose mixer can be replaced{inventory(model)}")
     specs = terms.expand(len(slots))
@@ -124,6 +124,23 @@ class OwnSlot(Slot):
             self.block.uses_grid = getattr(mixer, "uses_grid", False)
 
 
+class FlaSlot(OwnSlot):
+    """The mixer of a block of fla; `spec` is `native` where that is the family's own."""
+
+    def __init__(self, owner: nn.Module, block: nn.Module, name: str):
+        Slot.__init__(self, block, name)
+        self.owner, self.spec = owner, getattr(self.old, "spec", MixerSpec(NATIVE))
+
+    def build(self, spec: MixerSpec, index: int, depth: int) -> nn.Module:
+        config: Any = self.owner.config
+        place = {"depth": config.num_hidden_layers, "layer_idx": self.block.layer_idx}
+        return fla_host().FlaMixer(spec, config.hidden_size, **place, **self.placement())
+
+    def put(self, mixer: nn.Module, spec: MixerSpec) -> None:
+        Slot.put(self, mixer, spec)
+        self.spec = spec
+
+
 def own_slots(model: nn.Module) -> Iterator[OwnSlot]:
     for vit in instances(model, "chela_plugin.vision.chela_vit", "ChelaViT"):
         specs = parse_pattern(vit.mixer).expand(len(vit.blocks))
@@ -132,6 +149,17 @@ def own_slots(model: nn.Module) -> Iterator[OwnSlot]:
     for lm in instances(model, "chela_plugin.lm.model", "ChelaModel"):
         for block in lm.layers:
             yield OwnSlot(lm, block, block.mixer_spec, lm.config.hidden_size, causal=True)
+
+
+def fla_slots(model: nn.Module) -> Iterator[FlaSlot]:
+    if fla_host() is not None:
+        for owner, block, name in fla_host().swappable(model):
+            yield FlaSlot(owner, block, name)
+
+
+def fla_host() -> Any:
+    """Our module for fla, imported by the hook once fla is; None before."""
+    return sys.modules.get("chela_plugin.lm.fla_models")
 
 
 def instances(model: nn.Module, module: str, name: str) -> list[Any]:
@@ -143,7 +171,7 @@ def instances(model: nn.Module, module: str, name: str) -> list[Any]:
 def record(owner: Any, text: str) -> None:
     """Put the string where the owner's own saving reads it."""
     if hasattr(owner, "config"):
-        owner.config.mixer = text
+        setattr(owner.config, "token_mixer" if hasattr(owner.config, "token_mixer") else "mixer", text)
     else:
         owner.mixer = text
         owner._model_args = {**getattr(owner, "_model_args", {}), "mixer": text}

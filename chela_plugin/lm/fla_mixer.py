@@ -41,14 +41,15 @@ class FlaMixer(nn.Module):
         spec: the mixer.
         dim: width D.
         depth, layer_idx: number of blocks, and this one's place.
+        device, dtype: as for any torch module.
 
     Raises MixerSpecError, MixerUnavailableError and ValueError as `create_mixer` with `causal=True`.
     """
 
-    def __init__(self, spec: MixerSpec, dim: int, *, depth: int, layer_idx: int):
+    def __init__(self, spec: MixerSpec, dim: int, *, depth: int, layer_idx: int, device: Any = None, dtype: Any = None):
         super().__init__()
         self.spec, self.dim, self.depth, self.layer_idx = spec, dim, depth, layer_idx
-        self.mixer = self._new_mixer()
+        self.mixer = self._new_mixer(device=device, dtype=dtype)
         # The mixer came out of its factory as it asks to be initialised; fla would draw its Linear and Conv1d layers
         # again, and call reset_parameters of a part whose weights were just loaded.
         for module in self.mixer.modules():

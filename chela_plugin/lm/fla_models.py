@@ -8,7 +8,7 @@ nothing at all where `token_mixer` is not set.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from types import FunctionType
@@ -171,6 +171,24 @@ def with_names(function: Callable, names: Mapping[str, Any]) -> Callable:
     )
     copy.__kwdefaults__ = code.__kwdefaults__
     return copy
+
+
+def swappable(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
+    """`(owner, block, slot)` of every block in `model` that takes a mixer, in order; for `swap_mixers`.
+
+    The owner is the module that has the blocks and a config. Raises ValueError for a refused family.
+    """
+    for owner in model.modules():
+        config_class = type(getattr(owner, "config", None)).__name__
+        if config_class in REFUSED and isinstance(
+            owner, getattr(models, config_class.removesuffix("Config") + "Model")
+        ):
+            raise ValueError(f"{type(owner).__name__} takes no mixer of ours: {REFUSED[config_class]}")
+        if config_class in FAMILIES:
+            family = FAMILIES[config_class]
+            for block in getattr(owner, "layers", ()):
+                if type(block).__name__ == family.block:
+                    yield owner, block, family.slot
 
 
 for name in models.__all__:

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     from fla import models
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from chela_plugin import swap_mixers
 from chela_plugin.lm.fla_mixer import FlaMixer
 from chela_plugin.lm.fla_models import FAMILIES, REFUSED
 from chela_plugin.registry import MixerSpec, MixerSpecError, UnknownMixerError, register_mixer
@@ -258,6 +259,32 @@ def test_loading_with_another_mixer_is_no_silent_success(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path, token_mixer="attention")
+
+
+def test_a_model_that_is_built_already_can_be_swapped_and_its_config_follows(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("GLAConfig", None, num_heads=1)).eval()
+    assert swap_mixers(model, "native + conv") == 1
+    assert model.config.token_mixer == "native + conv"
+    assert swap_mixers(model, "chela + native") == 1
+    assert model.config.token_mixer == "chela + conv"
+    model.save_pretrained(tmp_path)
+    assert same_tensors(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert model(tokens(2, 5)).logits.shape == (2, 5, 61)
+
+
+def test_swapped_mixers_take_the_dtype_and_place_of_the_old():
+    model = AutoModelForCausalLM.from_config(tiny_config("GLAConfig", None, num_heads=1), dtype=torch.bfloat16)
+    swap_mixers(model, "chela")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert [(mixer.depth, mixer.layer_idx) for mixer in mixers(model)] == [(2, 0), (2, 1)]
+
+
+def test_a_model_of_a_refused_family_cannot_be_swapped():
+    with torch.device("meta"):
+        model = models.RWKV7Model(tiny_config("RWKV7Config", None, head_dim=32))
+    with pytest.raises(ValueError, match="RWKV7Model takes no mixer of ours: its blocks expect a fourth value"):
+        swap_mixers(model, "chela")
 
 
 def run(program, **environment):
