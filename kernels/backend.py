@@ -45,6 +45,13 @@ def traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
+def may_read(x: Tensor) -> bool:
+    """Whether the values of `x` can be looked at without stalling a stream or breaking a graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("CHELA_CHECK") == "1"
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 tiles are multiplied: exactly, unless torch was told that tf32 will do."""
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"

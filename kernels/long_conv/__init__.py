@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from chela_plugin.kernels.backend import backend, traced
+from chela_plugin.kernels.backend import backend, may_read, traced
 
 from .reference import long_conv_reference
 
@@ -25,7 +25,8 @@ def long_conv(
             of higher precision than x.
         bias: `[D]` or None.
         causal: whether an output sees only its own token and those before it.
-        cu_seqlens: `[N + 1]` integers, as in FlashAttention: B is 1 and each sequence is convolved alone.
+        cu_seqlens: `[N + 1]` integers from 0 to T, as in FlashAttention: B is 1 and each sequence is convolved alone.
+            The values are checked on a CPU; on CUDA only under `CHELA_CHECK=1`, since reading them stalls the stream.
 
     Returns:
         `[B, T, D]` in x's dtype, summed in fp32 (fp64 for fp64).
@@ -41,22 +42,30 @@ def long_conv(
         raise ValueError(f"bias must be of shape [{x.shape[2]}], got {list(bias.shape)}")
     if not causal and taps.shape[1] % 2 == 0:
         raise ValueError(f"two-sided taps come as [D, 2L - 1] with lag 0 in the middle, got an even {taps.shape[1]}")
-    if cu_seqlens is None:
-        return _whole(x, taps, bias, causal)
-    cuts = cu_seqlens.tolist()
-    if x.shape[0] != 1 or cuts[0] != 0 or cuts[-1] != x.shape[1] or sorted(cuts) != cuts:
-        raise ValueError(
-            f"cu_seqlens needs B = 1 and must rise from 0 to T = {x.shape[1]}, got B = {x.shape[0]} and {cuts}"
-        )
-    parts = [_whole(x[:, a:b], taps, bias, causal) for a, b in itertools.pairwise(cuts) if b > a]
-    return torch.cat(parts, dim=1)
-
-
-def _whole(x: Tensor, taps: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    if cu_seqlens is not None:
+        check_cuts(x, cu_seqlens)
     if backend(x.device, x.dtype) == "reference":
-        return long_conv_reference(x, taps, bias, causal=causal)
+        if cu_seqlens is None:
+            return long_conv_reference(x, taps, bias, causal=causal)
+        pairs = [(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
+        return torch.cat([long_conv_reference(x[:, a:b], taps, bias, causal=causal) for a, b in pairs], dim=1)
     from . import ops
 
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, taps, bias))
     # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launches.
-    return (ops.forward_op if learns or traced(x) else ops.forward)(x, taps, bias, causal)
+    return (ops.forward_op if learns or traced(x) else ops.forward)(x, taps, bias, cu_seqlens, causal)
+
+
+def check_cuts(x: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise ValueError unless cu_seqlens cuts x; its values are read only where that stalls no stream."""
+    if x.shape[0] != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            "cu_seqlens needs B = 1 and is a 1-D tensor of integers, at least two, "
+            f"got B = {x.shape[0]} and {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device} like x, got {cu_seqlens.device}")
+    if may_read(cu_seqlens):
+        cuts = cu_seqlens.tolist()
+        if cuts[0] != 0 or cuts[-1] != x.shape[1] or sorted(cuts) != cuts:
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {x.shape[1]}, got {cuts}")

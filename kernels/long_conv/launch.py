@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,8 +15,7 @@ from . import triton as kernels
 from .configs import algorithm, blocks_for, lag_blocks_for
 from .reference import fast_length
 
-TILE_T, TILE_D = 64, 64  # of the copies between layouts: within 5 % of a plain copy's speed
-FFT_TILE_T, FFT_TILE_D = 32, 32
+TILE_T, TILE_D = 64, 64  # of the copies between layouts, which run at a plain copy's speed
 LINE = 512
 
 
@@ -39,14 +39,17 @@ def empty_like(x: Tensor) -> Tensor:
     return x.new_empty(channels, batch, (tokens + 7) // 8 * 8).permute(1, 2, 0)[:, :tokens]
 
 
-def forward(x: Tensor, taps: Tensor, bias: Tensor | None, causal: bool, how: str | None = None) -> Tensor:
-    """`[B, T, D]`, as `long_conv`. `how` is "toeplitz" or "fft", or None for the table."""
+def forward(
+    x: Tensor, taps: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, causal: bool, how: str | None = None
+) -> Tensor:
+    """`[B, T, D]`, as `long_conv`. `how` is "toeplitz" or "fft" (not for packed sequences), or None for the table."""
     first, last, centre = lags_of(x.shape[1], taps, causal)
     bias = None if bias is None else bias.contiguous()
     if x.numel() == 0:
         return empty_like(x)
-    if (how or algorithm(x.shape[1], first, last, x.dtype, backward=False)) == "toeplitz":
-        return _toeplitz(x, taps, bias, first, last, centre, 1)
+    if _algorithm(x, cu_seqlens, first, last, False, how) == "toeplitz":
+        M = blocks_for(x.shape[1], x.dtype).chunk
+        return _toeplitz(to_chunks(x, M, places_of(cu_seqlens, x.shape[1], M)), taps, bias, first, last, centre, 1, x)
     n = fast_length(x.shape[1])
     spectrum = _spectrum(x, 0, x.shape[1] - 1, n)
     spectrum.mul_(_spectrum(_as_tokens(taps, first, last, centre), first, last, n))
@@ -54,7 +57,14 @@ def forward(x: Tensor, taps: Tensor, bias: Tensor | None, causal: bool, how: str
 
 
 def backward(
-    dy: Tensor, x: Tensor, taps: Tensor, causal: bool, want_x: bool, want_taps: bool, how: str | None = None
+    dy: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    want_x: bool,
+    want_taps: bool,
+    how: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and taps, in their dtypes; `[0]` for what is not wanted."""
     batch, tokens, channels = x.shape
@@ -62,11 +72,14 @@ def backward(
     dx = dtaps = taps.new_empty(0)
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(taps)
-    if (how or algorithm(tokens, first, last, x.dtype, backward=True)) == "toeplitz":
+    if _algorithm(x, cu_seqlens, first, last, True, how) == "toeplitz":
+        M = blocks_for(tokens, x.dtype).chunk
+        places = places_of(cu_seqlens, tokens, M)
+        dy_chunks = to_chunks(dy, M, places)
         if want_x:
-            dx = _toeplitz(dy, taps, None, first, last, centre, -1, like=x)
+            dx = _toeplitz(dy_chunks, taps, None, first, last, centre, -1, x)
         if want_taps:
-            dtaps = _lag_sums(dy, x, taps, first, last, centre)
+            dtaps = _lag_sums(dy_chunks, to_chunks(x, M, places), taps, first, last, centre)
         return dx, dtaps
     n = fast_length(tokens)
     h = _spectrum(_as_tokens(taps, first, last, centre), first, last, n)
@@ -92,23 +105,64 @@ def backward(
     return dx, dtaps
 
 
+def _algorithm(x: Tensor, cu_seqlens: Tensor | None, first: int, last: int, backward: bool, how: str | None) -> str:
+    if cu_seqlens is not None:
+        return "toeplitz"
+    return how or algorithm(x.shape[1], first, last, x.dtype, backward=backward)
+
+
 # Toeplitz products ---------------------------------------------------------------------------------------------------
 
 
-def _toeplitz(
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    first: int,
-    last: int,
-    centre: int,
-    sign: int,
-    like: Tensor | None = None,
-) -> Tensor:
-    """The convolution, or with sign = -1 the one with time reversed taps, which is its transpose."""
+class Chunks(NamedTuple):
+    """data `[D, slots, B, M]`; places (`triton.py`) where sequences are packed."""
+
+    data: Tensor
+    places: Tensor | None
+
+
+def places_of(cu_seqlens: Tensor | None, tokens: int, M: int) -> Tensor | None:
+    """Where packed sequences stand in chunks of M. Their lengths are on the device: slots are as many as can be."""
+    if cu_seqlens is None:
+        return None
+    cuts = cu_seqlens.to(torch.int64)
+    begin, length = cuts[:-1], cuts[1:] - cuts[:-1]
+    count = (length + M - 1) // M
+    end = count.cumsum(0)
+    slots = tokens // M + length.shape[0]
+    slot = torch.arange(slots, device=cuts.device)
+    owner = torch.searchsorted(end, slot, right=True).clamp_max(length.shape[0] - 1)
+    within = slot - (end - count)[owner]
+    left = (length[owner] - within * M).clamp(0, M)
+    rows = (within, count[owner], begin[owner] + within * M, left)
+    # A slot behind the last sequence is a sequence of no chunks.
+    return torch.cat([*(torch.where(left > 0, row, 0) for row in rows), count.max()[None]])
+
+
+def to_chunks(x: Tensor, M: int, places: Tensor | None = None) -> Chunks:
+    """x `[B, T, D]` in chunks of M tokens, zero behind the last token; a view where x lies so already."""
     batch, tokens, channels = x.shape
+    slots = triton.cdiv(tokens, M) if places is None else places.shape[0] // 4
+    if batch == 1 and tokens == slots * M and places is None and _reads_as_rows(x):
+        return Chunks(x[0].t().unflatten(1, (slots, 1, M)), None)
+    out = torch.empty(channels, slots, batch, M, dtype=x.dtype, device=x.device)
+    grid, sizes = _tiles(x.shape, slots * M, TILE_T, TILE_D)
+    kernels.to_chunks[grid](
+        x, out, x if places is None else places, slots, tokens, channels, *sizes, *x.stride(), out.stride(2),
+        out.stride(1), out.stride(0), M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
+    )  # fmt: skip
+    return Chunks(out, places)
+
+
+def _toeplitz(
+    chunks: Chunks, taps: Tensor, bias: Tensor | None, first: int, last: int, centre: int, sign: int, like: Tensor
+) -> Tensor:
+    """The convolution, or with sign = -1 the one with time reversed taps, its transpose; laid out as `like`."""
+    x, places = chunks
+    channels, slots, batch, M = x.shape
+    tokens = like.shape[1]
     blocks = blocks_for(tokens, x.dtype)
-    M, step = blocks.chunk, blocks.step
+    step = blocks.step
     if sign == -1:
         first, last = -last, -first
     low, high = -((last + step - 1) // step), (M - 1 - first) // step
@@ -118,61 +172,46 @@ def _toeplitz(
     kernels.shifted_taps[(channels, triton.cdiv(P, LINE))](
         taps, table, centre, first, last, M - copies - low * step, P, *taps.stride(), SIGN=sign, BLOCK=LINE
     )
-    chunks = to_chunks(x, M)
-    count = chunks.shape[1]
-    out = empty_like(x if like is None else like)
-    direct = time_first(out)
-    y = out if direct else torch.empty_like(chunks)
-    rows = (tokens + 7) // 8 * 8 if direct else count * M
+    out = empty_like(like)
+    direct = places is None and time_first(out)
+    y = out if direct else torch.empty_like(x)
+    rows = (tokens + 7) // 8 * 8 if direct else slots * M
     y_b, y_i, y_d = (out.stride(0), M, out.stride(2)) if direct else (y.stride(2), y.stride(1), y.stride(0))
-    tiles = triton.cdiv(count * batch, blocks.columns)
+    tiles = triton.cdiv(slots * batch, blocks.columns)
     kernels.toeplitz[(tiles * channels,)](
-        chunks, table, table if bias is None else bias, y, batch, count, rows // 8, tiles, low, high, P // 8,
-        chunks.stride(0) // 8, y_b // 8, y_i // 8, y_d // 8,
-        M=M, N=blocks.columns, BK=step, BIAS=bias is not None, PRECISION=precision(x.dtype), STAGES=blocks.stages,
-        num_warps=blocks.warps,
+        x, table, table if bias is None else bias, y, x if places is None else places, batch, slots, rows // 8, tiles,
+        low, high, P // 8, x.stride(0) // 8, y_b // 8, y_i // 8, y_d // 8,
+        M=M, N=blocks.columns, BK=step, BIAS=bias is not None, PACKED=places is not None, PRECISION=precision(x.dtype),
+        STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     if not direct:
-        grid, sizes = _tiles(out.shape, tokens, TILE_T, TILE_D)
+        grid, sizes = _tiles(out.shape, slots * M, TILE_T, TILE_D)
         kernels.from_chunks[grid](
-            y, out, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride(), M=M, BT=TILE_T, BD=TILE_D, num_warps=4
-        )
+            y, out, x if places is None else places, slots, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride(),
+            M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
+        )  # fmt: skip
     return out
 
 
-def _lag_sums(dy: Tensor, x: Tensor, taps: Tensor, first: int, last: int, centre: int) -> Tensor:
+def _lag_sums(dy: Chunks, x: Chunks, taps: Tensor, first: int, last: int, centre: int) -> Tensor:
     """sum over b and t of dy[t] x[t - lag], for the lag of each column of taps."""
-    batch, tokens, channels = x.shape
-    chunk, block = blocks_for(tokens, x.dtype).chunk, lag_blocks_for(x.dtype)
+    channels, slots, batch, chunk = x.data.shape
+    dtype, places = x.data.dtype, x.places
+    block = lag_blocks_for(dtype)
     M = block.block
-    xs, dys = to_chunks(x, chunk), to_chunks(dy, chunk)
     low, high = -triton.cdiv(-first, M), triton.cdiv(last, M)
     count = high - low + 1
-    part = torch.empty(channels, count, 2, M, dtype=torch.float32, device=x.device)
+    part = torch.empty(channels, count, 2, M, dtype=torch.float32, device=taps.device)
     kernels.lag_products[(triton.cdiv(count, 2) * channels,)](
-        xs, dys, part, batch, tokens, count, low, xs.stride(0) // 8, dys.stride(0) // 8, CHUNK=chunk, M=M, N=block.rows,
-        PRECISION=precision(x.dtype), STAGES=block.stages, num_warps=block.warps,
+        x.data, dy.data, part, x.data if places is None else places, batch, slots, count, low, x.data.stride(0) // 8,
+        dy.data.stride(0) // 8, CHUNK=chunk, M=M, N=block.rows, PACKED=places is not None, PRECISION=precision(dtype),
+        STAGES=block.stages, num_warps=block.warps, maxnreg=block.registers,
     )  # fmt: skip
-    dtaps = torch.empty(taps.shape, dtype=taps.dtype, device=x.device)
+    dtaps = torch.empty(taps.shape, dtype=taps.dtype, device=taps.device)
     kernels.sum_diagonals[(channels, triton.cdiv(taps.shape[1], LINE))](
         part, dtaps, count, low, centre, first, last, taps.shape[1], M=M, BLOCK=LINE
     )
     return dtaps
-
-
-def to_chunks(x: Tensor, M: int) -> Tensor:
-    """x `[B, T, D]` as `[D, chunks, B, M]`, zero behind the last token; a view where x lies so already."""
-    batch, tokens, channels = x.shape
-    count = triton.cdiv(tokens, M)
-    if batch == 1 and tokens == count * M and _reads_as_rows(x):
-        return x[0].t().unflatten(1, (count, 1, M))
-    out = torch.empty(channels, count, batch, M, dtype=x.dtype, device=x.device)
-    grid, sizes = _tiles(x.shape, count * M, TILE_T, TILE_D)
-    kernels.to_chunks[grid](
-        x, out, tokens, channels, *sizes, *x.stride(), out.stride(2), out.stride(1), out.stride(0), M=M, BT=TILE_T,
-        BD=TILE_D, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def _reads_as_rows(x: Tensor) -> bool:
@@ -198,10 +237,10 @@ def _spectrum(x: Tensor, first: int, last: int, n: int) -> Tensor:
     batch, _, channels = x.shape
     z = torch.empty(channels, batch, n, dtype=torch.complex64, device=x.device)
     pairs = torch.view_as_real(z)
-    grid, sizes = _tiles(x.shape, n, FFT_TILE_T, FFT_TILE_D)
+    grid, sizes = _tiles(x.shape, n, TILE_T, TILE_D)
     kernels.weigh[grid](
         x, pairs, first, last, channels, n, *sizes, math.pi / 2 / n, *x.stride(), pairs.stride(1), pairs.stride(0),
-        TWO_SIDED=first < 0, BT=FFT_TILE_T, BD=FFT_TILE_D, num_warps=4,
+        TWO_SIDED=first < 0, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return torch.fft.fft(z)
 
@@ -214,9 +253,9 @@ def _read_real(z: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """y `[B, T, D]` from the unscaled inverse transform z `[D, B, n]`."""
     n = z.shape[2]
     pairs = torch.view_as_real(z)
-    grid, sizes = _tiles(y.shape, y.shape[1], FFT_TILE_T, FFT_TILE_D)
+    grid, sizes = _tiles(y.shape, y.shape[1], TILE_T, TILE_D)
     kernels.real_part[grid](
         pairs, y, pairs if bias is None else bias, y.shape[1], y.shape[2], n, *sizes, math.pi / 2 / n, 1 / n,
-        pairs.stride(1), pairs.stride(0), *y.stride(), BIAS=bias is not None, BT=FFT_TILE_T, BD=FFT_TILE_D, num_warps=4,
+        pairs.stride(1), pairs.stride(0), *y.stride(), BIAS=bias is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return y

@@ -10,10 +10,14 @@ Toeplitz. Tokens are cut into chunks of M. For one channel, the chunks of all se
             +----+----+----+----+----+   before the first or behind the last chunk is read as zero by the descriptor.
 
 Columns are stored chunk by chunk, `[D, chunks, B, M]` (`to_chunks`), so that chunk i + k of all sequences is B rows
-further down: any B, no tile that straddles. A Toeplitz tile is read from four copies of the reversed taps, each
-shifted by one more place: row r takes copy r mod 4 and every row then starts on a multiple of 8 bytes. Reads of 8 bytes
-go through the L1 cache, where they nearly always hit, and that is worth more than reads of 16 bytes, which don't
-(H100, T = 4,096, D = 1,024, 32,768 tokens: 0.345 against 0.48 ms).
+further down: any B, no tile that straddles. Packed sequences (cu_seqlens) each start a new chunk, a slot of `places`
+`[4, slots]`: the chunk's number in its sequence, the chunks of that sequence, its first token, its number of tokens;
+behind them the chunks of the longest sequence. Their tiles span sequences, so rows are read one by one, under a mask.
+
+A Toeplitz tile is read from four copies of the reversed taps, each shifted by one more place: row r takes copy r mod 4
+and every row then starts on a multiple of 8 bytes. Asynchronous copies of 8 bytes go through the L1 cache, where they
+nearly always hit; those of 16 bytes and tensor descriptors go past it (H100, D = 1,024, T = 4,096, 32,768 tokens: 0.345
+ms with 8 bytes, 0.48 with descriptors).
 
 Gradient of the taps. With i' = i - k, and r - c + k M the lag,
 
@@ -22,7 +26,7 @@ Gradient of the taps. With i' = i - k, and r - c + k M the lag,
 one product a lag block, its diagonals summed in a fixed order, so that two runs agree bit for bit.
 
 FFT. `weigh` and `real_part` are the two ends of a right-angle convolution (R. Crandall, Topics in Advanced Scientific
-Computation, 1996, section 4.3): with w = exp(i pi / 2n), the cyclic convolution of x_t w^t and h_t w^t is the product
+Computation, 1996): with w = exp(i pi / 2n), the cyclic convolution of x_t w^t and h_t w^t is the product
 of their polynomials modulo z^n - i, so that whatever passes the end of the n points, or lies before their start, lands
 in the imaginary part. n >= T complex points suffice, one- or two-sided, where a real transform is padded to 2T or 3T.
 """
@@ -52,40 +56,64 @@ def shifted_taps(taps, table, centre, first_lag, last_lag, zero, P, taps_d, taps
     tl.store(table + (d * COPIES + s) * P + p, h.to(table.dtype.element_ty), p < P)
 
 
-@triton.jit(do_not_specialize=["T", "t_tiles", "d_tiles"])
-def to_chunks(x, out, T, D, t_tiles, d_tiles, x_b, x_t, x_d, out_b, out_i, out_d, M: tl.constexpr, BT: tl.constexpr,
-              BD: tl.constexpr):  # fmt: skip
-    """`[B, T, D]` to `[D, chunks, B, M]`, zero behind the last token."""
+@triton.jit
+def _tile(t_tiles, d_tiles, BT: tl.constexpr, BD: tl.constexpr):
+    """This program's first place, channels and sequence."""
     pid = tl.program_id(0)
-    t = (pid % t_tiles) * BT + tl.arange(0, BT)
-    pid = pid // t_tiles
-    d = (pid % d_tiles).to(tl.int64) * BD + tl.arange(0, BD)
-    b = (pid // d_tiles).to(tl.int64)
-    at = x + b * x_b + t.to(tl.int64)[:, None] * x_t + d[None, :] * x_d
-    value = tl.load(at, (t < T)[:, None] & (d < D)[None, :], other=0.0)
+    rest = pid // t_tiles
+    d = (rest % d_tiles).to(tl.int64) * BD + tl.arange(0, BD)
+    return (pid % t_tiles) * BT, d, (rest // d_tiles).to(tl.int64)
+
+
+@triton.jit
+def _token(t, places, slots, T, M: tl.constexpr, PACKED: tl.constexpr):
+    """The token that stands at place t of the chunks, and whether one does."""
+    if PACKED:
+        slot, r = t // M, t % M
+        live = slot < slots
+        length = tl.load(places + 3 * slots + slot, live, other=0)
+        return tl.load(places + 2 * slots + slot, live, other=0) + r, r < length
+    else:
+        return t.to(tl.int64), t < T
+
+
+@triton.jit(do_not_specialize=["slots", "t_tiles", "d_tiles"])
+def to_chunks(x, out, places, slots, T, D, t_tiles, d_tiles, x_b, x_t, x_d, out_b, out_i, out_d, M: tl.constexpr,
+              PACKED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """`[B, T, D]` to `[D, slots, B, M]`, zero behind the last token of a sequence."""
+    t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
+    t = t0 + tl.arange(0, BT)
+    held = (d < D)[None, :]
+    token, live = _token(t, places, slots, T, M, PACKED)
+    value = tl.load(x + b * x_b + token[:, None] * x_t + d[None, :] * x_d, live[:, None] & held, other=0.0)
     at = out + b * out_b + (t // M).to(tl.int64)[:, None] * out_i + (t % M)[:, None] + d[None, :] * out_d
-    tl.store(at, value.to(out.dtype.element_ty), (t < (T + M - 1) // M * M)[:, None] & (d < D)[None, :])
+    tl.store(at, value.to(out.dtype.element_ty), (t < slots * M)[:, None] & held)
 
 
-@triton.jit(do_not_specialize=["T", "t_tiles", "d_tiles"])
-def from_chunks(y, out, T, D, t_tiles, d_tiles, y_b, y_i, y_d, out_b, out_t, out_d, M: tl.constexpr, BT: tl.constexpr,
-                BD: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["slots", "T", "t_tiles", "d_tiles"])
+def from_chunks(y, out, places, slots, T, D, t_tiles, d_tiles, y_b, y_i, y_d, out_b, out_t, out_d, M: tl.constexpr,
+                PACKED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """The way back."""
-    pid = tl.program_id(0)
-    t = (pid % t_tiles) * BT + tl.arange(0, BT)
-    pid = pid // t_tiles
-    d = (pid % d_tiles).to(tl.int64) * BD + tl.arange(0, BD)
-    b = (pid // d_tiles).to(tl.int64)
+    t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
+    t = t0 + tl.arange(0, BT)
     held = (d < D)[None, :]
     at = y + b * y_b + (t // M).to(tl.int64)[:, None] * y_i + (t % M)[:, None] + d[None, :] * y_d
-    value = tl.load(at, (t < (T + M - 1) // M * M)[:, None] & held, other=0.0).to(out.dtype.element_ty)
-    tl.store(out + b * out_b + t.to(tl.int64)[:, None] * out_t + d[None, :] * out_d, value, (t < T)[:, None] & held)
+    value = tl.load(at, (t < slots * M)[:, None] & held, other=0.0).to(out.dtype.element_ty)
+    token, live = _token(t, places, slots, T, M, PACKED)
+    tl.store(out + b * out_b + token[:, None] * out_t + d[None, :] * out_d, value, live[:, None] & held)
+
+
+@triton.jit
+def _rows(x, n, k, within, count, at, M: tl.constexpr, W: tl.constexpr):
+    """x[n + k, at : at + W], zero where that chunk is of another sequence (packed sequences)."""
+    live = (within + k >= 0) & (within + k < count)
+    return tl.load(x + (n + k).to(tl.int64)[:, None] * M + at + tl.arange(0, W)[None, :], live[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "rows8", "tiles", "low", "high", "P8", "x_d8", "y_b8", "y_i8", "y_d8"])
-def toeplitz(x, table, bias, y, B, chunks, rows8, tiles, low, high, P8, x_d8, y_b8, y_i8, y_d8, M: tl.constexpr,
-             N: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-             STAGES: tl.constexpr):  # fmt: skip
+def toeplitz(x, table, bias, y, places, B, chunks, rows8, tiles, low, high, P8, x_d8, y_b8, y_i8, y_d8,
+             M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+             PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """N columns of one channel's Y, plus bias. A step is BK tokens; `low..high` are the steps that meet any tap.
 
     x lies in chunks; y at strides (y_b, y_i, 1) of (sequence, chunk, token), with room for 8 * rows8 tokens. Strides
@@ -96,18 +124,28 @@ def toeplitz(x, table, bias, y, B, chunks, rows8, tiles, low, high, P8, x_d8, y_
     d = (pid // tiles).to(tl.int64)
     r, c = tl.arange(0, M), tl.arange(0, BK)
     row = table + d * (P8 * 8 * COPIES) + ((r % COPIES) * (P8 * 8) - r // COPIES * COPIES + (M - COPIES) - low * BK)
-    columns = tl.make_tensor_descriptor(x + d * (x_d8 * 8), [chunks * B, M], [M, 1], [N, BK])
-    start = tl.maximum(low, -((n0 + N - 1) // B) * K)
-    end = tl.minimum(high + 1, (chunks - n0 // B) * K)
+    n = n0 + tl.arange(0, N)
+    x += d * (x_d8 * 8)
+    if PACKED:
+        within = tl.load(places + n, n < chunks, other=0).to(tl.int32)
+        count = tl.load(places + chunks + n, n < chunks, other=0).to(tl.int32)
+        start = tl.maximum(low, -tl.max(within) * K)
+        end = tl.minimum(high + 1, tl.max(count - within) * K)
+    else:
+        columns = tl.make_tensor_descriptor(x, [chunks * B, M], [M, 1], [N, BK])
+        start = tl.maximum(low, -((n0 + N - 1) // B) * K)
+        end = tl.minimum(high + 1, (chunks - n0 // B) * K)
     acc = tl.zeros((M, N), tl.float32)
     for step in tl.range(start, end, num_stages=STAGES):
         k = _floor_div(step, K)
         a = tl.load(row[:, None] + (step * BK + c)[None, :])
-        tokens = columns.load([n0 + k * B, (step - k * K) * BK])
+        if PACKED:
+            tokens = _rows(x, n, k, within, count, (step - k * K) * BK, M, BK)
+        else:
+            tokens = columns.load([n0 + k * B, (step - k * K) * BK])
         acc = tl.dot(a, tl.trans(tokens), acc, input_precision=PRECISION)
     if BIAS:
         acc += tl.load(bias + d).to(tl.float32)
-    n = n0 + tl.arange(0, N)
     i, b = n // B, n % B
     at = y + d * (y_d8 * 8) + b.to(tl.int64) * (y_b8 * 8) + i.to(tl.int64) * (y_i8 * 8)
     tl.store(at[None, :] + r[:, None], acc.to(y.dtype.element_ty), (i * M)[None, :] + r[:, None] < rows8 * 8)
@@ -115,25 +153,17 @@ def toeplitz(x, table, bias, y, B, chunks, rows8, tiles, low, high, P8, x_d8, y_
 
 @triton.jit
 def _store_diagonals(part, G, M: tl.constexpr):
-    """part[M + l] = sum of the entries of G `[M, M]` with r - c = l, for l from -M to M - 1.
-
-    In squares of 32, which one warp can rotate by shuffles (whole rows of 64 cost 168 registers instead of 90):
-    with r = 32 a + r', c = 32 b + c', j = (r' - c') mod 32, an entry has l = 32 (a - b) + j, less 32 where r' < j."""
-    Q: tl.constexpr = M // 32
-    j = tl.arange(0, 32)[None, None, :]
-    row = (tl.arange(0, M) % 32)[:, None, None]
-    rotated = tl.gather(G.reshape(M, Q, 32), (row - j + 32) % 32 + tl.zeros((M, Q, 32), tl.int32), 2)
-    high = tl.sum(tl.where(row >= j, rotated, 0.0).reshape(Q, 32, Q, 32), 1)
-    low = tl.sum(tl.where(row < j, rotated, 0.0).reshape(Q, 32, Q, 32), 1)
-    square = tl.arange(0, Q)[:, None, None] - tl.arange(0, Q)[None, :, None]  # a - b
-    for e in tl.static_range(-Q, Q):
-        total = tl.where(square == e, high, 0.0) + tl.where(square == e + 1, low, 0.0)
-        tl.store(part + M + 32 * e + tl.arange(0, 32), tl.sum(tl.sum(total, 0), 0))
+    """part[0, j] = sum of G[r, r - j], part[1, j] = sum of G[r, r - j + M]."""
+    r = tl.arange(0, M)
+    rotated = tl.gather(G, (r[:, None] - r[None, :] + M) % M, 1)
+    below = r[:, None] >= r[None, :]
+    tl.store(part + r, tl.sum(tl.where(below, rotated, 0.0), 0))
+    tl.store(part + M + r, tl.sum(tl.where(below, 0.0, rotated), 0))
 
 
-@triton.jit(do_not_specialize=["B", "T", "blocks", "low", "x_d8", "dy_d8"])
-def lag_products(x, dy, part, B, T, blocks, low, x_d8, dy_d8, CHUNK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["B", "chunks", "blocks", "low", "x_d8", "dy_d8"])
+def lag_products(x, dy, part, places, B, chunks, blocks, low, x_d8, dy_d8, CHUNK: tl.constexpr, M: tl.constexpr,
+                 N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """part[d, e] = the diagonals of G_k, k = low + e: two neighbouring k a program, which share dY.
 
     Blocks are of M tokens, RATIO to a chunk of x and dy."""
@@ -143,20 +173,31 @@ def lag_products(x, dy, part, B, T, blocks, low, x_d8, dy_d8, CHUNK: tl.constexp
     d = (pid // pairs).to(tl.int64)
     e = (pid % pairs) * 2
     k = low + e
-    chunks = (T + CHUNK - 1) // CHUNK
-    x_rows = tl.make_tensor_descriptor(x + d * (x_d8 * 8), [chunks * B, CHUNK], [CHUNK, 1], [N, M])
+    x += d * (x_d8 * 8)
+    x_rows = tl.make_tensor_descriptor(x, [chunks * B, CHUNK], [CHUNK, 1], [N, M])
     dy_rows = tl.make_tensor_descriptor(dy + d * (dy_d8 * 8), [chunks * B, CHUNK], [CHUNK, 1], [N, M])
     first = tl.maximum(0, _floor_div(k, RATIO)) * B
     end = tl.minimum(chunks, chunks + _floor_div(k + 1, RATIO) + 1) * B
+    if PACKED:  # nothing to do beyond the longest sequence
+        longest = tl.load(places + 4 * chunks).to(tl.int32) * RATIO
+        end = tl.where((k < longest) & (k + 1 > -longest), end, first)
     G0 = tl.zeros((M, M), tl.float32)
     G1 = tl.zeros((M, M), tl.float32)
     for step in tl.range(0, (end - first + N - 1) // N * RATIO, num_stages=STAGES):
         n, h = first + step // RATIO * N, step % RATIO
         g = tl.trans(dy_rows.load([n, h * M]))
-        q = _floor_div(h - k, RATIO)
-        G0 = tl.dot(g, x_rows.load([n + q * B, (h - k - q * RATIO) * M]), G0, input_precision=PRECISION)
-        q = _floor_div(h - k - 1, RATIO)
-        G1 = tl.dot(g, x_rows.load([n + q * B, (h - k - 1 - q * RATIO) * M]), G1, input_precision=PRECISION)
+        q0, q1 = _floor_div(h - k, RATIO), _floor_div(h - k - 1, RATIO)
+        at0, at1 = (h - k - q0 * RATIO) * M, (h - k - 1 - q1 * RATIO) * M
+        if PACKED:
+            row = n + tl.arange(0, N)
+            within = tl.load(places + row, row < chunks, other=0).to(tl.int32)
+            count = tl.load(places + chunks + row, row < chunks, other=0).to(tl.int32)
+            x0 = _rows(x, row, q0, within, count, at0, CHUNK, M)
+            x1 = _rows(x, row, q1, within, count, at1, CHUNK, M)
+        else:
+            x0, x1 = x_rows.load([n + q0 * B, at0]), x_rows.load([n + q1 * B, at1])
+        G0 = tl.dot(g, x0, G0, input_precision=PRECISION)
+        G1 = tl.dot(g, x1, G1, input_precision=PRECISION)
     part += (d * blocks + e) * (2 * M)
     _store_diagonals(part, G0, M)
     if e + 1 < blocks:
@@ -173,8 +214,8 @@ def sum_diagonals(part, out, blocks, low, centre, first_lag, last_lag, L, M: tl.
     j = lag - (e + low) * M
     live = (lag >= first_lag) & (lag <= last_lag)
     at = part + (d * blocks + e) * (2 * M) + j
-    total = tl.load(at + M, live & (e >= 0) & (e < blocks), other=0.0)
-    total += tl.load(at + 2 * M, live & (e >= -1) & (e + 1 < blocks), other=0.0)
+    total = tl.load(at, live & (e >= 0) & (e < blocks), other=0.0)
+    total += tl.load(at + 3 * M, live & (e >= -1) & (e + 1 < blocks), other=0.0)
     tl.store(out + d * L + column, total, column < L)
 
 
@@ -182,12 +223,8 @@ def sum_diagonals(part, out, blocks, low, centre, first_lag, last_lag, L, M: tl.
 def weigh(x, z, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x_d, z_b, z_d, TWO_SIDED: tl.constexpr,
           BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """z[d, b, p mod n] += x[b, p - first, d] e^(i angle p), p = first..last, with angle n = pi / 2; |p| < n."""
-    pid = tl.program_id(0)
-    t0 = (pid % t_tiles) * BT
+    t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
-    pid = pid // t_tiles
-    d = (pid % d_tiles).to(tl.int64) * BD + tl.arange(0, BD)
-    b = (pid // d_tiles).to(tl.int64)
     row = x + b * x_b + d[None, :] * x_d
     held = (d < D)[None, :]
     at = row + (t - first).to(tl.int64)[:, None] * x_t
@@ -208,12 +245,8 @@ def weigh(x, z, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x_d, z_b, 
 def real_part(z, y, bias, T, D, n, t_tiles, d_tiles, angle, factor, z_b, z_d, y_b, y_t, y_d, BIAS: tl.constexpr,
               BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """y[b, t, d] = factor Re(e^(-i angle t) z[d, b, t]) + bias[d]."""
-    pid = tl.program_id(0)
-    t0 = (pid % t_tiles) * BT
+    t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
-    pid = pid // t_tiles
-    d = (pid % d_tiles).to(tl.int64) * BD + tl.arange(0, BD)
-    b = (pid // d_tiles).to(tl.int64)
     p = t0 * 2 + tl.arange(0, 2 * BT)
     at = z + b * z_b + d[:, None] * z_d + p.to(tl.int64)[None, :]
     pair = tl.load(at, (d < D)[:, None] & (p < 2 * n)[None, :], other=0.0)

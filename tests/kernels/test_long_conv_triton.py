@@ -68,7 +68,7 @@ def launch(monkeypatch):
     from chela_plugin.kernels.long_conv import configs, launch
 
     monkeypatch.setattr(launch, "blocks_for", lambda tokens, dtype: configs.Blocks(64, 16, 32, 4, 1))
-    monkeypatch.setattr(launch, "lag_blocks_for", lambda dtype: configs.LagBlocks(32, 16, 4, 1))
+    monkeypatch.setattr(launch, "lag_blocks_for", lambda dtype: configs.LagBlocks(32, 16, 4, 1, None))
     return launch
 
 
@@ -83,8 +83,8 @@ SHAPES = [(1, 1, 1, 1), (1, 1, 2, 5), (2, 37, 3, 37), (3, 50, 2, 100), (1, 170, 
 @pytest.mark.parametrize(("batch", "tokens", "channels", "taps"), SHAPES)
 def test_kernels_equal_the_sum_with_all_gradients(launch, how, causal, batch, tokens, channels, taps):
     x, h, bias, dy = case(batch, tokens, channels, taps, causal)
-    y = launch.forward(x, h, bias, causal, how)
-    dx, dh = launch.backward(dy, x, h, causal, True, True, how)
+    y = launch.forward(x, h, bias, None, causal, how)
+    dx, dh = launch.backward(dy, x, h, None, causal, True, True, how)
     wanted = expected(x, h, bias, dy, causal)
     for found, value in zip((y, dx, dh), wanted, strict=False):
         # Relative to the largest entry as well: with one token a sum may cancel to almost nothing.
@@ -110,16 +110,16 @@ def test_low_precision_activations_meet_fp32_sums(launch, how, dtype, monkeypatc
 @pytest.mark.parametrize("tokens", [48, 50])
 def test_any_memory_order_goes_in_and_time_first_comes_out_as_it_went_in(launch, how, tokens):
     x, h, bias, dy = case(2, tokens, 4, tokens, True)
-    plain = launch.forward(x, h, bias, True, how)
+    plain = launch.forward(x, h, bias, None, True, how)
     time_first = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     every_other = torch.stack([x, x], dim=2)[:, :, 1]
-    assert torch.equal(launch.forward(every_other, h, bias, True, how), plain)
-    y = launch.forward(time_first, h, bias, True, how)
+    assert torch.equal(launch.forward(every_other, h, bias, None, True, how), plain)
+    y = launch.forward(time_first, h, bias, None, True, how)
     assert torch.equal(y, plain)
     assert y.stride(1) == 1
-    dx, dh = launch.backward(dy, time_first, h, True, True, True, how)
+    dx, dh = launch.backward(dy, time_first, h, None, True, True, True, how)
     assert dx.stride() == y.stride()
-    for found, wanted in zip((dx, dh), launch.backward(dy, x, h, True, True, True, how), strict=True):
+    for found, wanted in zip((dx, dh), launch.backward(dy, x, h, None, True, True, True, how), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -128,8 +128,8 @@ def test_the_future_does_not_change_the_past_bit_for_bit(launch):
     x, h, bias, _ = case(2, 101, 3, 101, True)
     later = x.clone()
     later[:, 60:] = 1e6 * torch.randn_like(later[:, 60:])
-    before = launch.forward(x, h, bias, True, "toeplitz")[:, :60]
-    assert torch.equal(launch.forward(later, h, bias, True, "toeplitz")[:, :60], before)
+    before = launch.forward(x, h, bias, None, True, "toeplitz")[:, :60]
+    assert torch.equal(launch.forward(later, h, bias, None, True, "toeplitz")[:, :60], before)
 
 
 @interpreted
@@ -137,7 +137,7 @@ def test_the_fft_lets_nothing_wrap_around(launch):
     x, h, bias, _ = case(2, 101, 3, 101, True)
     later = x.clone()
     later[:, 60:] += 1
-    change = launch.forward(later, h, bias, True, "fft") - launch.forward(x, h, bias, True, "fft")
+    change = launch.forward(later, h, bias, None, True, "fft") - launch.forward(x, h, bias, None, True, "fft")
     # Rounding of a transform in fp32, relative to what the change did to the rest.
     assert change[:, :60].abs().max() < 2e-6 * change[:, 60:].abs().max()
 
@@ -146,10 +146,41 @@ def test_the_fft_lets_nothing_wrap_around(launch):
 def test_gradients_that_nobody_wants_are_not_computed(launch):
     x, h, _, dy = case(1, 20, 2, 20, True)
     for how in ("toeplitz", "fft"):
-        dx, dh = launch.backward(dy, x, h, True, True, False, how)
+        dx, dh = launch.backward(dy, x, h, None, True, True, False, how)
         assert dh.numel() == 0
-        torch.testing.assert_close(dx, launch.backward(dy, x, h, True, True, True, how)[0])
-        assert launch.backward(dy, x, h, True, False, True, how)[0].numel() == 0
+        torch.testing.assert_close(dx, launch.backward(dy, x, h, None, True, True, True, how)[0])
+        assert launch.backward(dy, x, h, None, True, False, True, how)[0].numel() == 0
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "cuts", [[0, 150], [0, 1, 1, 70, 134, 150], [0, 0, 64, 128, 192, 192], [0, 10, 20, 30, 40, 41, 42, 43, 44]]
+)
+def test_packed_sequences_are_convolved_alone_with_all_gradients(launch, causal, cuts):
+    x, h, bias, dy = case(1, cuts[-1], 3, 90, causal)
+    leaves = [t.requires_grad_() for t in (x, h, bias)]
+    cu_seqlens = torch.tensor(cuts, dtype=torch.int32)
+    y = long_conv(*leaves, causal=causal, cu_seqlens=cu_seqlens)
+    found = (y, *torch.autograd.grad(y, leaves, dy))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHELA_BACKEND", "reference")
+        doubles = [t.detach().double().requires_grad_() for t in leaves]
+        y = long_conv(*doubles, causal=causal, cu_seqlens=cu_seqlens)
+    wanted = (y.detach(), *torch.autograd.grad(y, doubles, dy.double()))
+    for got, value in zip(found, wanted, strict=True):
+        assert error(got, value) < TOLERANCE[torch.float32]
+
+
+@interpreted
+def test_packed_sequences_do_not_see_each_other_bit_for_bit(launch):
+    x, h, bias, _ = case(1, 150, 3, 150, False)
+    cuts = torch.tensor([0, 70, 100, 150])
+    other = x.clone()
+    other[:, 70:100] = 1e6 * torch.randn_like(other[:, 70:100])
+    y, changed = (long_conv(t, h, bias, causal=False, cu_seqlens=cuts) for t in (x, other))
+    assert torch.equal(y[:, :70], changed[:, :70])
+    assert torch.equal(y[:, 100:], changed[:, 100:])
 
 
 @interpreted
@@ -163,15 +194,14 @@ def test_any_shape_equals_the_sum(data):
     sizes = [draw(st.integers(1, high)) for high in (4, 150, 3, 200)]
     x, h, bias, dy = case(*sizes, causal, seed=draw(st.integers(0, 99)))
     wanted = expected(x, h, bias, dy, causal)
-    found = (launch.forward(x, h, bias, causal, how), *launch.backward(dy, x, h, causal, True, True, how))
+    found = (launch.forward(x, h, bias, None, causal, how), *launch.backward(dy, x, h, None, causal, True, True, how))
     scale = max(float(x.norm()) * float(h.norm()), 1.0)
     for got, value in zip(found, wanted, strict=False):
         assert float((got.double() - value).norm()) < TOLERANCE[torch.float32] * max(scale, float(value.norm()))
 
 
 @interpreted
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("time_first", [True, False])
+@pytest.mark.parametrize(("causal", "time_first"), [(True, False), (False, True)])
 def test_operators_pass_opcheck(causal, time_first):
     from chela_plugin.kernels.long_conv import ops
 
@@ -179,10 +209,12 @@ def test_operators_pass_opcheck(causal, time_first):
     if time_first:
         x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     leaves = [t.requires_grad_() for t in (x, h, bias)]
-    torch.library.opcheck(ops.forward_op, (*leaves, causal))
-    torch.library.opcheck(ops.forward_op, (*leaves[:2], None, causal))
-    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), bias.detach(), causal, True, True))
-    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), None, causal, False, True))
+    torch.library.opcheck(ops.forward_op, (*leaves, None, causal))
+    if not time_first:
+        torch.library.opcheck(ops.forward_op, (leaves[0][:1], *leaves[1:], torch.tensor([0, 4, 10]), causal))
+    torch.library.opcheck(ops.forward_op, (*leaves[:2], None, None, causal))
+    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), bias.detach(), None, causal, True, True))
+    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), None, None, causal, False, True))
 
 
 @interpreted
