@@ -1,5 +1,7 @@
 """Long convolution on a CUDA device at real sizes, against a real FFT in fp64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_packed_sequences_are_convolved_alone(cuts, causal):
     leaves = x.requires_grad_(), h.requires_grad_()
     y = long_conv(*leaves, causal=causal, cu_seqlens=torch.tensor(cuts, device="cuda"))
     found = (y, *torch.autograd.grad(y, leaves, dy))
-    parts = [in_double(x[:, a:b], h, dy[:, a:b], causal) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    parts = [in_double(x[:, a:b], h, dy[:, a:b], causal) for a, b in itertools.pairwise(cuts) if b > a]
     wanted = (torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), sum(p[2] for p in parts))
     for got, value in zip(found, wanted, strict=True):
         assert error(got, value) < TOLERANCE[torch.bfloat16]
