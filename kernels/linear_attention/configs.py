@@ -29,25 +29,33 @@ class Blocks(NamedTuple):
     stages: int
 
 
-@functools.cache
-def _table() -> dict[tuple[str, int, bool], Blocks]:
-    rows = json.loads((Path(__file__).parent / "h100.json").read_text())["blocks"]
-    return {
-        (row["pass"], row["width"], row["decay"]): Blocks(row["chunk"], row["columns"], row["warps"], row["stages"])
-        for row in rows
-    }
+class Row(NamedTuple):
+    """Blocks of one pass and width, for calls with at least this many (segment, head) pairs."""
+
+    least: int
+    blocks: Blocks
 
 
 @functools.cache
-def blocks_for(kernel: str, key_width: int, value_width: int, element_size: int, decay: bool) -> Blocks:
-    """Blocks of `kernel` (a pass in the table) for these widths.
+def _table() -> dict[tuple[str, int, bool], list[Row]]:
+    table: dict[tuple[str, int, bool], list[Row]] = {}
+    for row in json.loads((Path(__file__).parent / "h100.json").read_text())["blocks"]:
+        blocks = Blocks(row["chunk"], row["columns"], row["warps"], row["stages"])
+        table.setdefault((row["pass"], row["width"], row["decay"]), []).append(Row(row["least"], blocks))
+    return table
+
+
+@functools.cache
+def blocks_for(kernel: str, key_width: int, value_width: int, element_size: int, decay: bool, pairs: int = 0) -> Blocks:
+    """Blocks of `kernel` (a pass in the table) for these widths and this many (segment, head) pairs.
 
     fp32 products run on the ordinary cores, from shared memory: small chunks, one stage.
     """
     width = max(key_width, value_width)
     if element_size == 4:
         return Blocks(32 if width <= 128 else 16, 32, 4, 1)
-    return _table()[kernel, min(w for w in (32, 64, 128, 256) if w >= width), decay]
+    rows = _table()[kernel, min(w for w in (32, 64, 128, 256) if w >= width), decay]
+    return max(row for row in rows if row.least <= pairs).blocks
 
 
 def segment_size(rows: int, heads: int, time: int, columns: int) -> int:

@@ -76,8 +76,9 @@ def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: 
     """Segment size of the causal kernels, one for both passes: backward starts from the states of forward."""
     batch, time, heads, K = q.shape
     V = v.shape[3]
-    columns = min(blocks_for("forward", K, V, q.element_size(), decay).columns, width_block(V))
-    return segment_size(batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, time, _blocks(V, columns))
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    columns = min(blocks_for("forward", K, V, q.element_size(), decay, rows * heads).columns, width_block(V))
+    return segment_size(rows, heads, time, _blocks(V, columns))
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -148,9 +149,9 @@ def causal_forward(
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
-    blocks = blocks_for("forward", K, V, q.element_size(), log_decay is not None)
-    columns = min(blocks.columns, width_block(V))
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    blocks = blocks_for("forward", K, V, q.element_size(), log_decay is not None, rows * heads)
+    columns = min(blocks.columns, width_block(V))
     plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -191,10 +192,10 @@ def causal_backward(
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
     V = v.shape[3]
-    blocks = blocks_for("backward", K, V, q.element_size(), log_decay is not None)
-    XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
+    blocks = blocks_for("backward", K, V, q.element_size(), log_decay is not None, plan.segments * heads)
+    XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
@@ -220,7 +221,8 @@ def causal_backward(
     grid = (plan.segments * heads * (2 * k_columns + _blocks(V, XV)),)
     kernels.backward[grid](
         q, k, v, do, dq, dk, dv, dots[0], dots[1], batch * time, decay.log_decay, decay.g, decay.stride,
-        _or(before, q), _or(after, q), _or(dinitial, q), _or(plan.cuts, q), scale, time, heads, plan.size, plan.per_row,
+        _or(before, dots), _or(after, dots), _or(dinitial, dots), _or(plan.cuts, q), scale, time, heads, plan.size,
+        plan.per_row,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
         BEFORE=before is not None, AFTER=after is not None, END=initial_state is not None and not plan.two_levels,
