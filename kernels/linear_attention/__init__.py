@@ -5,52 +5,20 @@ The formula stands in `reference.py`.
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from chela_plugin.kernels.backend import backend, may_read, traced
+
 from . import reference
 
 __all__ = ["backend", "linear_attention", "linear_attention_step"]
 
 MAX_WIDTH = 256
-
-
-def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """'triton' or 'reference': what runs on `device`.
-
-    Triton on CUDA, and under `TRITON_INTERPRET=1` on a CPU too; plain PyTorch elsewhere and for fp64.
-    `CHELA_BACKEND=reference|triton` overrides. Raises ValueError if CHELA_BACKEND is neither, RuntimeError if it asks
-    for Triton where Triton can't run.
-    """
-    asked = os.environ.get("CHELA_BACKEND", "")
-    if asked not in ("", "reference", "triton"):
-        raise ValueError(f"CHELA_BACKEND must be 'reference' or 'triton', got {asked!r}")
-    if asked == "reference" or dtype == torch.float64:
-        return "reference"
-    runs = _triton_installed() and (
-        torch.device(device).type == "cuda" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-    )
-    if asked == "triton" and not runs:
-        raise RuntimeError(
-            "CHELA_BACKEND=triton, but Triton needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on a CPU"
-        )
-    return "triton" if runs else "reference"
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    """Triton with tensor descriptors, 3.4 or newer."""
-    try:
-        import triton.language
-    except ImportError:
-        return False
-    return hasattr(triton.language, "make_tensor_descriptor")
 
 
 def linear_attention(
@@ -135,16 +103,11 @@ def _triton(
         x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state)
     )
     # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launch.
-    run = ops.forward_op if save or _traced(q) else ops.forward
+    run = ops.forward_op if save or traced(q) else ops.forward
     o, state, _ = run(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, want_state, save)
     if pad_K or pad_V:
         return o[..., :V], None if state is None else state[..., :K, :V]
     return o, state
-
-
-def _traced(x: Tensor) -> bool:
-    """Whether something records operators instead of running them."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def linear_attention_step(
@@ -183,7 +146,7 @@ def linear_attention_step(
         return reference.step(q, k, v, state, log_decay, scale)
     from . import ops
 
-    return (ops.step_op if _traced(q) else ops.step)(q, k, v, state, log_decay, scale)
+    return (ops.step_op if traced(q) else ops.step)(q, k, v, state, log_decay, scale)
 
 
 def check_inputs(
@@ -230,7 +193,7 @@ def check_inputs(
             raise ValueError(f"log_decay must be {q.dtype} or {reference.state_dtype(q.dtype)}, got {log_decay.dtype}")
         if log_decay.device != q.device:
             raise ValueError(f"log_decay must be on {q.device} like q, got {log_decay.device}")
-        if _may_read(log_decay) and bool((log_decay > 0).any()):
+        if may_read(log_decay) and bool((log_decay > 0).any()):
             raise ValueError(
                 f"log_decay must be at most 0 (the state may only shrink), got {float(log_decay.max()):.3g}; "
                 "logsigmoid(x) or -softplus(x) gives a valid one"
@@ -263,17 +226,10 @@ def _check_cuts(cu_seqlens: Tensor, batch: int, time: int, mask: Tensor | None) 
         raise ValueError("cu_seqlens goes without mask: leave the padding out")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError("cu_seqlens must be a 1-D int32 or int64 tensor with at least two entries")
-    if not _may_read(cu_seqlens):
+    if not may_read(cu_seqlens):
         return
     cuts = cu_seqlens.tolist()
     if cuts[0] != 0 or cuts[-1] != time:
         raise ValueError(f"cu_seqlens must run from 0 to T = {time}, got {cuts[0]} to {cuts[-1]}")
     if any(end < start for start, end in pairwise(cuts)):
         raise ValueError(f"cu_seqlens must not decrease, got {cuts}")
-
-
-def _may_read(x: Tensor) -> bool:
-    """Whether the values of `x` can be looked at without stalling a stream or breaking a graph."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.device.type == "cpu" or os.environ.get("CHELA_CHECK") == "1"

@@ -46,16 +46,20 @@ def _table() -> dict[tuple[str, int, bool], list[Row]]:
 
 
 @functools.cache
+def _rows(kernel: str, width: int, element_size: int, decay: bool) -> list[Row]:
+    """fp32 products run on the ordinary cores, from shared memory: small chunks, one stage."""
+    if element_size == 4:
+        return [Row(0, Blocks(32 if width <= 128 else 16, 32, 4, 1))]
+    return sorted(_table()[kernel, min(w for w in (32, 64, 128, 256) if w >= width), decay])
+
+
 def blocks_for(kernel: str, key_width: int, value_width: int, element_size: int, decay: bool, pairs: int = 0) -> Blocks:
     """Blocks of `kernel` (a pass in the table) for these widths and this many (segment, head) pairs.
 
-    fp32 products run on the ordinary cores, from shared memory: small chunks, one stage.
+    `pairs` may be symbolic, as when `torch.compile` traces with dynamic shapes: it is only compared.
     """
-    width = max(key_width, value_width)
-    if element_size == 4:
-        return Blocks(32 if width <= 128 else 16, 32, 4, 1)
-    rows = _table()[kernel, min(w for w in (32, 64, 128, 256) if w >= width), decay]
-    return max(row for row in rows if row.least <= pairs).blocks
+    rows = _rows(kernel, max(key_width, value_width), element_size, decay)
+    return next(row.blocks for row in reversed(rows) if row.least <= pairs)
 
 
 def segment_size(rows: int, heads: int, time: int, columns: int) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from chela_plugin.kernels.backend import precision
 
 from . import triton as kernels
 from . import triton_bidirectional as both
@@ -74,16 +75,11 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
 
 def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: bool) -> int:
     """Segment size of the causal kernels, one for both passes: backward starts from the states of forward."""
-    batch, time, heads, K = q.shape
-    V = v.shape[3]
+    batch, time, heads = q.shape[:3]
+    K, V = int(q.shape[3]), int(v.shape[3])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     columns = min(blocks_for("forward", K, V, q.element_size(), decay, rows * heads).columns, width_block(V))
     return segment_size(rows, heads, time, _blocks(V, columns))
-
-
-def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory for the tensor descriptors that a kernel makes; Triton asks for it at each launch."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def tiled(x: Tensor) -> Tensor:
@@ -96,11 +92,6 @@ def tiled(x: Tensor) -> Tensor:
     if w == 1 and t > 0 and t % width == 0 and h % width == 0 and b % width == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone() if x.is_contiguous() else x.contiguous()
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 tiles are multiplied: exactly, unless torch was told that tf32 will do."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def width_block(width: int) -> int:
@@ -145,7 +136,6 @@ def causal_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(o, final state or None, states at the segments' bounds for the backward pass or None)`."""
-    _prepare(q)
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
@@ -188,7 +178,6 @@ def causal_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, log_decay and initial_state; None for what was not given."""
-    _prepare(q)
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
     V = v.shape[3]
@@ -299,7 +288,6 @@ def bidirectional_forward(
     want_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`(o, state or None)`."""
-    _prepare(q)
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
@@ -340,7 +328,6 @@ def bidirectional_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and initial_state; None for the last where it was not given."""
-    _prepare(q)
     q, k, v, do = tiled(q), tiled(k), tiled(v), tiled(do)
     batch, time, heads, K = q.shape
     V = v.shape[3]
@@ -438,11 +425,6 @@ def step(
 def _blocks(total: int, size: int) -> int:
     """Blocks of `size` that hold `total`; `triton.cdiv` takes microseconds on the host."""
     return -(-total // size)
-
-
-def _prepare(q: Tensor) -> None:
-    if q.is_cuda:
-        triton.set_allocator(scratch)
 
 
 def _states(q: Tensor, count: int, heads: int, K: int, V: int) -> Tensor:

@@ -10,10 +10,10 @@ Arguments are what `check_inputs` has passed, with widths that fill whole 16-byt
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
+
+from chela_plugin.kernels.backend import multiplied_as, ready_for
 
 from . import launch
 
@@ -35,9 +35,10 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = q.dtype
-    q, k, v = _interpretable(q), _interpretable(k), _interpretable(v)
+    computed = multiplied_as(q)
+    q, k, v = q.to(computed), k.to(computed), v.to(computed)
     want_state = want_state or (save and log_decay is None)
-    with _on(q):
+    with ready_for(q):
         if causal:
             o, state, saved = launch.causal_forward(
                 q, k, v, log_decay, initial_state, cu_seqlens, scale, want_state, save
@@ -64,8 +65,9 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dtype = q.dtype
-    q, k, v, do = _interpretable(q), _interpretable(k), _interpretable(v), _interpretable(do)
-    with _on(q):
+    computed = multiplied_as(q)
+    q, k, v, do = q.to(computed), k.to(computed), v.to(computed), do.to(computed)
+    with ready_for(q):
         if causal:
             dq, dk, dv, ddecay, dinitial = launch.causal_backward(
                 q, k, v, log_decay, initial_state, cu_seqlens, state, saved, do, dstate, scale
@@ -83,8 +85,9 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
-    q, k, v = _interpretable(q), _interpretable(k), _interpretable(v)
-    with _on(q):
+    computed = multiplied_as(q)
+    q, k, v = q.to(computed), k.to(computed), v.to(computed)
+    with ready_for(q):
         o, state = launch.step(q, k, v, state, log_decay, scale)
     return o.to(dtype), state
 
@@ -170,13 +173,3 @@ def _gradient(ctx, do, dstate, _dsaved):
 
 
 forward_op.register_autograd(_gradient, setup_context=_setup)
-
-
-def _interpretable(x: Tensor) -> Tensor:
-    """bf16 as fp32 on a CPU: Triton's interpreter runs on numpy, which has no bf16, and would multiply bit patterns."""
-    return x if x.is_cuda or x.dtype != torch.bfloat16 else x.float()
-
-
-def _on(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

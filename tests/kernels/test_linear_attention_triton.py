@@ -1,0 +1,257 @@
+"""Linear attention: the Triton source under the interpreter against the fp64 definition, every variant, all gradients.
+
+Triton decides at its first import whether kernels are interpreted, so this file runs itself once more in a process of
+its own with TRITON_INTERPRET=1.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chela_plugin.kernels.linear_attention import backend, linear_attention, linear_attention_step, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that this file starts")
+# The kernels compute infinite and undefined numbers where they mask them out afterwards; numpy remarks on it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# fp32 sums of some hundred terms; one rounding of an operand or result to 11 and 8 significant bits.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# A decay's gradient is a long sum whose terms nearly cancel: it keeps fewer of the same digits.
+DECAY_TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
+def test_the_kernels_pass_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("CHELA_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def segments(monkeypatch):
+    """Sets how many tokens a segment has, for both directions."""
+    from chela_plugin.kernels.linear_attention import launch
+
+    def cut(size):
+        for name in ("segment_size", "bidirectional_segment_size"):
+            monkeypatch.setattr(launch, name, lambda *_: size)
+
+    return cut
+
+
+def case(batch, time, heads, K, V, decay, rows, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g)
+
+    inputs = {name: random(batch, time, heads, width).to(dtype) for name, width in (("q", K), ("k", K), ("v", V))}
+    if decay:
+        shape = (heads,) if decay == "static" else (batch, time, heads)
+        inputs["log_decay"] = -0.2 * torch.rand(shape, generator=g)
+    inputs["initial_state"] = random(rows, heads, K, V)
+    return inputs, random(batch, time, heads, V), random(rows, heads, K, V)
+
+
+def run(inputs, do, dstate, **options):
+    """Outputs and the gradients of every input."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    o, state = linear_attention(**leaves, output_final_state=True, **options)
+    loss = (o.double() * do).sum() + (state.double() * dstate).sum()
+    return {"o": o, "state": state} | dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def in_fp64(inputs, do, dstate, **options):
+    return run({name: x.double() for name, x in inputs.items()}, do, dstate, **options)
+
+
+def assert_close(found, wanted, dtype):
+    for name, x in found.items():
+        y = wanted[name]
+        assert x.shape == y.shape
+        error = float((x.detach().double() - y.detach()).norm() / y.detach().norm())
+        bound = DECAY_TOLERANCE if name == "log_decay" else TOLERANCE
+        assert error < bound[dtype], f"{name}: {error:.1e}"
+
+
+@only_interpreted
+@pytest.mark.parametrize("size", [1000, 64])
+@pytest.mark.parametrize("cuts", [None, [0, 3, 3, 90, 133]])
+@pytest.mark.parametrize("decay", [None, "static", "token"])
+def test_causal_kernels_equal_the_definition_with_all_gradients(decay, cuts, size, segments):
+    segments(size)
+    batch, rows = (2, 2) if cuts is None else (1, 4)
+    problem = case(batch, 133, 2, 16, 32, decay, rows, torch.float32)
+    options = {"cu_seqlens": None if cuts is None else torch.tensor(cuts)}
+    assert_close(run(*problem, **options), in_fp64(*problem, **options), torch.float32)
+
+
+@only_interpreted
+@pytest.mark.parametrize("size", [1000, 64])
+@pytest.mark.parametrize("cuts", [None, [0, 3, 3, 90, 133]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("K", [32, 80])  # 80 is too wide in fp32 for one program
+def test_bidirectional_kernels_equal_the_definition_with_all_gradients(K, masked, cuts, size, segments):
+    if cuts and masked:
+        pytest.skip("packed sequences have no padding")
+    segments(size)
+    batch, rows = (2, 2) if cuts is None else (1, 4)
+    problem = case(batch, 133, 2, K, 16, None, rows, torch.float32)
+    options = {"causal": False, "cu_seqlens": None if cuts is None else torch.tensor(cuts)}
+    if masked:
+        options["mask"] = torch.rand(2, 133, generator=torch.Generator().manual_seed(1)) > 0.3
+    assert_close(run(*problem, **options), in_fp64(*problem, **options), torch.float32)
+
+
+@only_interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("decay", [None, "static", "token"])
+def test_half_precision(dtype, decay):
+    problem = case(1, 150, 2, 16, 16, decay, 1, dtype)
+    assert_close(run(*problem), in_fp64(*problem), dtype)
+
+
+@only_interpreted
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    time=st.integers(1, 100),
+    heads=st.integers(1, 2),
+    K=st.integers(1, 40),
+    V=st.integers(1, 40),
+    decay=st.sampled_from([None, "static", "token"]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(batch, time, heads, K, V, decay, seed):
+    problem = case(batch, time, heads, K, V, decay, batch, torch.float32, seed)
+    found, wanted = run(*problem), in_fp64(*problem)
+    if decay and time < 4:  # so short a sum may cancel to nothing
+        found.pop("log_decay")
+    assert_close(found, wanted, torch.float32)
+
+
+@only_interpreted
+def test_widths_up_to_256_and_one_token():
+    for K, V, time in ((256, 16, 17), (16, 256, 17), (16, 16, 1)):
+        problem = case(1, time, 1, K, V, None, 1, torch.float32)
+        assert_close(run(*problem), in_fp64(*problem), torch.float32)
+
+
+@only_interpreted
+def test_inputs_may_lie_in_memory_as_they_like():
+    problem = case(2, 70, 2, 16, 16, "token", 2, torch.float32)
+    wanted = in_fp64(*problem)
+    inputs, do, dstate = problem
+    strided = {
+        "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),  # heads before time
+        "k": torch.stack([inputs["k"], inputs["v"]], 3)[:, :, :, 0],  # one of two interleaved
+        "v": inputs["v"].transpose(2, 3).contiguous().transpose(2, 3),  # last dim not dense
+        "log_decay": inputs["log_decay"].transpose(0, 2).contiguous().transpose(0, 2),
+        "initial_state": inputs["initial_state"].transpose(2, 3).contiguous().transpose(2, 3),
+    }
+    assert_close(run(strided, do, dstate), wanted, torch.float32)
+
+
+@only_interpreted
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_future_tokens_do_not_change_the_last_bit_of_the_past(decay, segments):
+    segments(64)
+    inputs, _, _ = case(1, 150, 1, 16, 16, decay, 1, torch.float32)
+    before = linear_attention(**inputs)[0]
+    for t in (20, 64, 140):
+        changed = {name: x.clone() for name, x in inputs.items()}
+        for name in "qkv":
+            changed[name][:, t:] += 100
+        assert torch.equal(linear_attention(**changed)[0][:, :t], before[:, :t])
+
+
+@only_interpreted
+@pytest.mark.parametrize("value", [float("-inf"), -1e30])
+def test_a_decay_that_forgets_everything_starts_anew(value):
+    inputs, do, dstate = case(1, 90, 1, 16, 16, "token", 1, torch.float32)
+    inputs["log_decay"][:, 40] = value
+    found, wanted = run(inputs, do, dstate), in_fp64(inputs, do, dstate)
+    assert_close(found, wanted, torch.float32)
+    assert float(found["log_decay"][0, 40, 0]) == 0
+
+
+@only_interpreted
+@pytest.mark.parametrize("decay", [None, "static", "token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_equal_the_whole(decay, dtype):
+    inputs, _, _ = case(2, 5, 3, 20, 40, decay, 2, dtype)
+    wanted, final = linear_attention(**{name: x.double() for name, x in inputs.items()}, output_final_state=True)
+    state = inputs["initial_state"]
+    for t in range(5):
+        d = inputs["log_decay"][:, t] if decay == "token" else inputs.get("log_decay")
+        o, state = linear_attention_step(inputs["q"][:, t], inputs["k"][:, t], inputs["v"][:, t], state, d)
+        torch.testing.assert_close(o.double(), wanted[:, t], rtol=8e-3, atol=8e-3 if dtype != torch.float32 else 1e-5)
+    torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-5)
+
+
+@only_interpreted
+@pytest.mark.parametrize("decay", [None, "static", "token"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_keep_torchs_contract(decay, causal, segments):
+    from chela_plugin.kernels.linear_attention import ops
+
+    if decay and not causal:
+        pytest.skip("bidirectional attention has no decay")
+    segments(32)
+    inputs, _, _ = case(1, 40, 1, 16, 16, decay, 1, torch.float32)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    state = leaves["initial_state"]
+    arguments = (*(leaves[n] for n in "qkv"), leaves.get("log_decay"), state, None, None, 0.25, causal, True, True)
+    torch.library.opcheck(ops.forward_op, arguments)
+    x = torch.randn(1, 2, 16)
+    torch.library.opcheck(ops.step_op, (x, x, x, torch.randn(1, 2, 16, 16), None, 0.25))
+
+
+class Block(torch.nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.projection = torch.nn.Linear(32, 3 * 32 + 2)
+        self.causal = causal
+
+    def forward(self, x):
+        *qkv, decay = self.projection(x).split([32, 32, 32, 2], -1)
+        q, k, v = (y.unflatten(-1, (2, 16)) for y in qkv)
+        log_decay = torch.nn.functional.logsigmoid(decay) if self.causal else None
+        return linear_attention(q, k, v, log_decay, causal=self.causal)[0].flatten(2)
+
+
+@only_interpreted
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiles_without_a_graph_break_and_exports(causal):
+    torch.manual_seed(0)
+    block = Block(causal)
+    x, longer = torch.randn(2, 37, 32), torch.randn(3, 50, 32)
+    wanted = block(x)
+    gradient = torch.autograd.grad(wanted.sum(), block.projection.weight)[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    found = compiled(x)
+    assert torch.equal(found, wanted)
+    assert torch.equal(torch.autograd.grad(found.sum(), block.projection.weight)[0], gradient)
+    assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)(longer), block(longer))
+    with torch.no_grad():
+        exported = torch.export.export(block, (x,))
+        names = {str(node.target) for node in exported.graph.nodes}
+        assert "chela.linear_attention.default" in names
+        assert torch.equal(exported.module()(x), wanted)
+
+
+def test_fp64_and_an_explicit_wish_run_the_reference(monkeypatch):
+    assert backend("cpu", torch.float64) == "reference"
+    assert backend("cpu") == ("triton" if INTERPRETED else "reference")
+    monkeypatch.setenv("CHELA_BACKEND", "reference")
+    assert backend("cuda") == "reference"
+    x = torch.randn(1, 5, 1, 4)
+    assert torch.equal(linear_attention(x, x, x)[0], reference.chunked(x, x, x, None, 0.5, None)[0])
