@@ -28,7 +28,7 @@ class Cell:
 
     def __str__(self) -> str:
         where = self.task if self.task == self.ablation else f"{self.ablation}/{self.task}"
-        return f"{where} | {self.mixer} | learning rate {self.learning_rate:g} | seed {self.seed}"
+        return f"{where} | {self.mixer} | lr {self.learning_rate:g} | seed {self.seed}"
 
 
 def cells(name: str, ablation: Ablation) -> list[Cell]:

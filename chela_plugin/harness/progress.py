@@ -52,9 +52,9 @@ class BarProgress(PlainProgress):
 
         self.bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[loss]}"),
             console=console,
         )

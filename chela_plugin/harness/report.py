@@ -84,6 +84,9 @@ def curves(manifest: dict[str, Any], records: Sequence[Record]) -> bytes:
             tests = [test["test"] * scale for test in row.tests.values()]
             sizes = [run["parameters"] / 1e3 for run in row.runs.values()]
             by_size.plot(sizes, tests, linestyle="none", marker="o", **look)
+        if rows:  # as wide as the tolerance: a smaller range would make nothing look like much
+            target = next(run["parameters"] / run["parameter_ratio"] for run in rows[0].runs.values()) / 1e3
+            by_size.set_xlim(target * (1 - config["parameter_tolerance"]), target * (1 + config["parameter_tolerance"]))
         by_step.set(xlabel="steps", ylabel=f"validation {name}", title=f"{ablation}/{task}")
         by_second.set(xlabel="seconds of training", ylabel=f"validation {name}")
         by_size.set(xlabel="parameters, thousands", ylabel=f"test {name}")
