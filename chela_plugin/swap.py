@@ -30,11 +30,12 @@ def swap_mixers(model: nn.Module, pattern: str) -> int:
     """Replace the token mixer of each block by the pattern's, in block order; returns how many were replaced.
 
     Args:
-        model: a timm model whose blocks hold an attention of the ViT kind at `.attn`; a ChelaViT; a ChelaForCausalLM
-            or ChelaModel; a model of fla; or a module that holds one of these. New mixers are freshly initialised, on
-            the device, in the dtype and in the mode (train or eval) of what they replace.
+        model: a timm model whose blocks hold an attention of the ViT kind at `.attn`, or a MetaFormer of timm's; a
+            ChelaViT or ChelaFormer; a ChelaForCausalLM or ChelaModel; a model of fla; or a module that holds one of
+            these. New mixers are freshly initialised, on the device, in the dtype and in the mode (train or eval) of
+            what they replace.
         pattern: `'chela'`, `'3*chela + native'`, repeated over the blocks; `native` keeps the mixer that a block has.
-            In ChelaViT, ChelaForCausalLM and fla's models the string that is saved with the model follows.
+    In our own models and fla's the string that is saved with the model follows.
 
     In timm's models class and register tokens come first and are part of the sequence that the new mixer sees.
     When an error is raised the model is as it was.
@@ -105,15 +106,32 @@ class TimmSlot(Slot):
         return into
 
 
+class MapSlot(TimmSlot):
+    """`.token_mixer` of a MetaFormer block that works on `[B, C, H, W]`."""
+
+    def build(self, spec: MixerSpec, index: int, depth: int) -> nn.Module:
+        from chela_plugin.attn_layer import MapMixer
+
+        dropout = getattr(self.old, "proj_drop", None)
+        rate = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        dim = self.block.mlp.fc1.in_channels
+        return MapMixer(spec, dim, proj_drop=rate, depth=depth, layer_idx=index, **self.placement())
+
+
 class OwnSlot(Slot):
-    """`.mixer` of a block of ours; `owner` is the ChelaViT or ChelaModel, `spec` what the block holds."""
+    """`.mixer` of a block of ours; `owner` is the backbone or ChelaModel, `spec` what the block holds."""
 
     def __init__(self, owner: nn.Module, block: nn.Module, spec: MixerSpec, dim: int, causal: bool):
         super().__init__(block, "mixer")
         self.owner, self.spec, self.dim, self.causal = owner, spec, dim, causal
 
     def build(self, spec: MixerSpec, index: int, depth: int) -> nn.Module:
-        return create_mixer(spec, self.dim, causal=self.causal, depth=depth, layer_idx=index, **self.placement())
+        place = {"depth": depth, "layer_idx": index, **self.placement()}
+        if self.causal:
+            return create_mixer(spec, self.dim, causal=True, **place)
+        from chela_plugin.unordered import create_unordered_mixer  # imports timm, as the model has done already
+
+        return create_unordered_mixer(spec, self.dim, dims=2, **place)
 
     def put(self, mixer: nn.Module, spec: MixerSpec) -> None:
         super().put(mixer, spec)
@@ -142,10 +160,14 @@ class FlaSlot(OwnSlot):
 
 
 def own_slots(model: nn.Module) -> Iterator[OwnSlot]:
-    for vit in instances(model, "chela_plugin.vision.chela_vit", "ChelaViT"):
-        specs = parse_pattern(vit.mixer).expand(len(vit.blocks))
-        for block, spec in zip(vit.blocks, specs, strict=True):
-            yield OwnSlot(vit, block, spec, vit.embed_dim, causal=False)
+    backbones = [
+        *instances(model, "chela_plugin.vision.chela_vit", "ChelaViT"),
+        *instances(model, "chela_plugin.vision.chela_former", "ChelaFormer"),
+    ]
+    for backbone in backbones:
+        blocks = instances(backbone, "chela_plugin.vision.block", "MixerBlock")
+        for block, spec in zip(blocks, parse_pattern(backbone.mixer).expand(len(blocks)), strict=True):
+            yield OwnSlot(backbone, block, spec, block.dim, causal=False)
     for lm in instances(model, "chela_plugin.lm.model", "ChelaModel"):
         for block in lm.layers:
             yield OwnSlot(lm, block, block.mixer_spec, lm.config.hidden_size, causal=True)
@@ -182,10 +204,18 @@ def runs(specs: list[MixerSpec]) -> str:
 
 
 def timm_slots(model: nn.Module) -> Iterator[TimmSlot]:
+    maps = {  # blocks of MetaFormer stages that work on maps; the others hold an attention over tokens
+        id(block)
+        for stage in instances(model, "timm.models.metaformer", "MetaFormerStage")
+        if stage.use_nchw
+        for block in stage.blocks
+    }
     for module in model.modules():
         attention = type(getattr(module, "attn", None))
         if (attention.__module__, attention.__name__) in TIMM_ATTENTIONS:
             yield TimmSlot(module, "attn")
+        elif (type(module).__module__, type(module).__name__) == ("timm.models.metaformer", "MetaFormerBlock"):
+            yield MapSlot(module, "token_mixer") if id(module) in maps else TimmSlot(module, "token_mixer")
 
 
 def inventory(model: nn.Module) -> str:

@@ -12,8 +12,9 @@ from timm.layers import Attention
 from timm.models import vision_transformer as vit
 from torch import nn
 
-from chela_plugin.attn_layer import AttnLayers, MixerAttention, install
+from chela_plugin.attn_layer import AttnLayers, MapMixer, MixerAttention, install
 from chela_plugin.registry import MixerSpecError, UnknownMixerError, installed
+from chela_plugin.unordered import warn_of_order
 
 
 class Offset(nn.Module):
@@ -116,12 +117,120 @@ def test_blocks_with_an_attention_of_their_own_still_work_without_a_mixer_string
     assert small(block_fn=vit.ParallelScalingBlock)(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
 
-def test_masks_are_refused_and_not_ignored():
+def test_masks_that_a_mixer_cannot_honour_are_refused_and_not_ignored():
     attention = MixerAttention("offset", 24)
-    with pytest.raises(ValueError, match="attn_mask"):
+    with pytest.raises(ValueError, match="use_key_only_attn_mask=True"):
         attention(torch.randn(1, 4, 24), attn_mask=torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="use_key_only_attn_mask=True"):
+        attention(torch.randn(2, 4, 24), attn_mask=torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="is_causal"):
         attention(torch.randn(1, 4, 24), is_causal=True)
+
+
+def naflex(spec="chela", **arguments):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "naflexvit_base_patch16_gap", depth=2, embed_dim=32, num_heads=2, num_classes=5, attn_layer=spec, **arguments
+    ).eval()
+
+
+@pytest.mark.parametrize("spec", ["chela", "attention", "bidirectional(gla)"])
+def test_naflex_images_padded_to_one_batch_score_as_each_alone(spec):
+    model = naflex(spec, use_key_only_attn_mask=True)
+    images = []
+    for height, width in ((2, 3), (3, 4)):
+        places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        images.append((torch.randn(1, height * width, 16 * 16 * 3), places[None]))
+    alone = [model(x, patch_coord=at, patch_valid=torch.ones(at.shape[:2], dtype=torch.bool)) for x, at in images]
+    x, at, there = (
+        torch.randn(2, 12, 768),
+        torch.zeros(2, 12, 2, dtype=torch.long),
+        torch.zeros(2, 12, dtype=torch.bool),
+    )
+    for i, (patches, places) in enumerate(images):
+        n = patches.shape[1]
+        x[i, :n], at[i, :n], there[i, :n] = patches[0], places[0], True
+    # The same sums over other lengths, fp32.
+    torch.testing.assert_close(model(x, patch_coord=at, patch_valid=there), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_naflex_masks_between_pairs_are_refused():
+    there = torch.tensor([[True, True, False, False]])
+    with pytest.raises(ValueError, match="use_key_only_attn_mask=True"):
+        naflex()(torch.randn(1, 4, 768), patch_coord=torch.zeros(1, 4, 2, dtype=torch.long), patch_valid=there)
+
+
+def test_a_naflex_model_that_would_ignore_the_string_says_so():
+    for ignoring in ({"rope_type": "axial"}, {"swiglu_mlp": True}):
+        with pytest.raises(ValueError, match=r"ignore attn_layer='chela'.*swap_mixers"):
+            naflex(**ignoring)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_a_model_that_takes_no_attn_layer_says_so(name):
+    with pytest.raises(TypeError, match="attn_layer"):
+        timm.create_model(name, attn_layer="offset", device="meta")
+
+
+def test_a_causal_mixer_warns_once_and_names_the_remedy():
+    warn_of_order.cache_clear()
+    with pytest.warns(UserWarning, match=r"bidirectional\(mamba2\)") as caught:
+        small(attn_layer="mamba2")
+    assert len([w for w in caught if "causal" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_scriptable_model_is_scripted_with_chela_in_it():
+    model = small(attn_layer="chela", scriptable=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-5, atol=1e-6)  # same ops
+
+
+def former(token_mixers, name="poolformer_s12", **arguments):
+    return timm.create_model(name, token_mixers=token_mixers, dims=(16, 16, 24, 32), num_classes=5, **arguments)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """poolformer_s12 with one block a stage, so that building one takes no time."""
+    entry = timm.models._registry._model_entrypoints
+
+    def poolformer_s12(pretrained=False, **kwargs):
+        return timm.models.metaformer._create_metaformer(
+            "poolformer_s12", depths=(1, 1, 1, 1), norm_layers=timm.layers.GroupNorm1, use_mlp_head=False, **kwargs
+        )
+
+    monkeypatch.setitem(entry, "poolformer_s12", poolformer_s12)
+
+
+def test_metaformer_takes_a_pattern_over_its_stages(narrow):
+    model = former("chela + native")
+    kinds = [stage.blocks[0].token_mixer for stage in model.stages]
+    assert [getattr(kind, "spec", "native") for kind in kinds] == ["chela", "native", "chela", "native"]
+    assert kinds[0].uses_grid and kinds[0].mixer.conv.dims == 2
+    model(torch.randn(2, 3, 64, 96)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_metaformer_takes_strings_among_classes(narrow):
+    model = former(["offset", timm.models.metaformer.SepConv, "native", "chela"])
+    names = [type(stage.blocks[0].token_mixer).__name__ for stage in model.stages]
+    assert names == ["MapMixer", "SepConv", "Pooling", "MapMixer"]
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_mixers_in_metaformer_keep_their_initialisation_and_pickle(narrow):
+    mixer = former("offset").stages[3].blocks[0].token_mixer
+    assert isinstance(mixer, MapMixer) and torch.equal(mixer.mixer.out.weight, torch.eye(32))
+    again = pickle.loads(pickle.dumps(mixer))
+    assert torch.equal(again.mixer.out.weight, mixer.mixer.out.weight)
+
+
+def test_bad_token_mixers_are_refused(narrow):
+    with pytest.raises(UnknownMixerError, match="did you mean 'offset'"):
+        former("ofset")
+    with pytest.raises(MixerSpecError):
+        former(["offset", "offset", "offset +", "offset"])
 
 
 @pytest.mark.parametrize("spec", ["chela", "linear_attention", "attention", "bidirectional(gla)"])

@@ -69,6 +69,9 @@ def test_swapped_mixers_can_be_swapped_again():
         ("eva02_tiny_patch14_224", 224),  # rotary positions
         ("vit_relpos_small_patch16_224", 224),  # relative position bias, no class token
         ("vit_tiny_r_s16_p8_224", 224),  # convolutional stem
+        ("deit3_small_patch16_224", 224),
+        ("vit_small_patch14_reg4_dinov2", 518),  # register tokens
+        ("naflexvit_base_patch16_gap", 384),
     ],
 )
 def test_the_vit_family_is_swapped_and_runs(name, size):
@@ -81,6 +84,21 @@ def test_beit_is_swapped_and_runs():
     model = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=4, num_classes=5)
     assert swap_mixers(model, "mean") == 2
     assert model(torch.randn(1, 3, 224, 224)).shape == (1, 5)
+
+
+def test_metaformer_is_swapped_on_maps_and_on_tokens():
+    model = timm.models.metaformer.MetaFormer(
+        depths=(1, 1, 2, 1),
+        dims=(16, 16, 24, 32),
+        token_mixers=[timm.models.metaformer.SepConv] * 2 + [timm.models.metaformer.Attention] * 2,
+        norm_layers=[timm.models.metaformer.LayerNorm2dNoBias] * 2 + [timm.models.metaformer.LayerNormNoBias] * 2,
+        num_classes=5,
+    )
+    assert swap_mixers(model, "chela") == 5
+    mixers = [block.token_mixer.mixer for stage in model.stages for block in stage.blocks]
+    assert [mixer.conv.dims for mixer in mixers] == [2, 2, 1, 1, 1]
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+    assert swap_mixers(model, "native + mean") == 2
 
 
 def test_a_model_inside_another_module_is_found():

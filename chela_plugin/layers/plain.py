@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .chela import Chela
 from .long_kernel import precise
-from .short_long_conv import ShortLongConv, two_sided
+from .short_long_conv import ShortLongConv
 
 Form = TypeVar("Form", bound=nn.Module)
 
@@ -68,18 +68,30 @@ class PlainConv(ShortLongConv):
         assert self.long_kernel is not None
         taps = self.long_kernel.taps(max(h, w))
         taps = taps.view(self.sides, -1, taps.shape[-1]).repeat_interleave(self.group_size, dim=1)
-        y = depthwise(image, two_sided(taps[0, :, :w], taps[1, :, :w]).unsqueeze(1), 2)
+        y = correlate(image, mirrored(taps[0, :, :w], taps[1, :, :w]).unsqueeze(1))
         if self.dims == 2:
-            y = y + depthwise(image, two_sided(taps[2, :, :h], taps[3, :, :h]).unsqueeze(2), 2)
+            y = y + correlate(image, mirrored(taps[2, :, :h], taps[3, :, :h]).unsqueeze(2))
         return y
 
 
 def depthwise(image: Tensor, kernel: Tensor, dims: int) -> Tensor:
-    """Convolution, not correlation, of every channel: kernel `[D, kh, kw]`, or `[D, kw]` with `dims=1`; odd sizes."""
+    """Convolution, not correlation, of every channel: kernel `[D, k, k]`, or `[D, k]` with `dims=1`; odd sizes."""
     kernel = kernel if dims == 2 else kernel.unsqueeze(1)
-    weight = kernel.flip(1, 2).unsqueeze(1).to(image.dtype)
-    padding = [kernel.shape[1] // 2, kernel.shape[2] // 2]
-    return F.conv2d(image, weight, None, [1, 1], padding, [1, 1], image.shape[1])
+    return correlate(image, kernel.flip(1, 2))
+
+
+def mirrored(ahead: Tensor, behind: Tensor) -> Tensor:
+    """One-sided taps `[D, L]` each way to the weights `[D, 2L - 1]` that correlate; `behind`'s first tap is unused.
+
+    The mirror image of `short_long_conv.two_sided`; not its `flip`, because ONNX can't reverse the nothing of L = 1.
+    """
+    return torch.cat([ahead.flip(-1), behind[:, 1:]], dim=-1)
+
+
+def correlate(image: Tensor, weight: Tensor) -> Tensor:
+    """`[B, D, h, w]` with one weight of odd size for every channel, `[D, kh, kw]`; same size, zeros outside."""
+    padding = [weight.shape[1] // 2, weight.shape[2] // 2]
+    return F.conv2d(image, weight.unsqueeze(1).to(image.dtype), None, [1, 1], padding, [1, 1], image.shape[1])
 
 
 class PlainChela(Chela):
@@ -89,6 +101,9 @@ class PlainChela(Chela):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return self
+
+    def path(self, device: torch.device | str) -> str:
+        return "torch"
 
     # As in PlainConv.
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]

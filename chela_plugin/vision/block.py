@@ -45,6 +45,7 @@ class MixerBlock(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.dim = dim
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = create_unordered_mixer(mixers[depth], dim, depth=len(mixers), layer_idx=depth, dims=2, **dd)
         self.uses_grid = getattr(self.mixer, "uses_grid", False)
