@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.backend import backend
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 
 from .long_kernel import decay_init, no_weight_decay, precise
@@ -168,6 +169,9 @@ class Chela(Mixer):
             return -precise(self.log_rate).exp()
         log_decay = -F.softplus(precise(self.dt(x)))
         return log_decay if mask is None else log_decay * mask[..., None]
+
+    def path(self, device: torch.device | str) -> str:
+        return backend(device, self.proj.weight.dtype)
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         if mask is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.backend import backend
 from chela_plugin.layers import Cache, Mixer, ShortLongConv
 
 
@@ -67,6 +68,9 @@ class Conv(Mixer):
         if self.depth is not None:
             self.proj.weight.mul_((2 * self.depth) ** -0.5)
         self.conv.reset_parameters()
+
+    def path(self, device: torch.device | str) -> str:
+        return backend(device, self.proj.weight.dtype)
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         if mask is not None:

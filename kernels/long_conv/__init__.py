@@ -17,7 +17,16 @@ __all__ = ["long_conv"]
 def long_conv(
     x: Tensor, taps: Tensor, bias: Tensor | None = None, *, causal: bool = True, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Depthwise convolution along the tokens (formulas in `reference.py`).
+    """Depthwise convolution along the tokens (formulas in `reference.py`). Differentiable in x, taps and bias.
+
+    Exact at any length. On CUDA it is a Toeplitz product on tensor cores, causal bit for bit, or, where many taps meet
+    every token (`configs.py`), an FFT, causal to its rounding; in bf16 and fp16 the Toeplitz product also rounds the
+    taps to x's dtype.
+
+    Memory order: the kernels work on time-first copies. x contiguous as `[B, T, D]` pays one copy on the way in and one
+    on the way out, 0.05 ms each for 64 MiB on an H100. x that is a view of `[D, B, T]` (what a product leaves that
+    wrote its output transposed) gets y in the same order, which saves the copy out: 0.18 ms instead of 0.23 at T =
+    1,024. The FFT transposes on its way and has no preference.
 
     Args:
         x: `[B, T, D]`, floating point.

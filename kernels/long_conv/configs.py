@@ -41,14 +41,21 @@ def arithmetic(dtype: torch.dtype) -> str:
     return precision(dtype) if dtype == torch.float32 else "16 bits"
 
 
-def blocks_for(tokens: int, dtype: torch.dtype) -> Blocks:
-    """Blocks of `toeplitz`. fp32 without tf32 runs on the ordinary cores, from shared memory: one stage."""
+def blocks_for(batch: int, tokens: int, dtype: torch.dtype) -> Blocks:
+    """Blocks of `toeplitz`. fp32 without tf32 runs on the ordinary cores, from shared memory: one stage.
+
+    Where the chunks of all sequences are few, they are made smaller and fewer go to a program: a tile that is not full
+    is computed all the same, and tiles that end early in a sequence have shorter sums.
+    """
     kind = arithmetic(dtype)
+    large = tokens > 128 and batch * tokens >= 128 * 128 and kind != "ieee"
+    chunk = 128 if large else 64
+    columns = 1 << (batch * -(-tokens // chunk) // 4).bit_length()
     if kind == "ieee":
-        return Blocks(64, 64, 32, 4, 1)
+        return Blocks(chunk, min(max(columns, 32), 64), 32, 4, 1)
     if kind == "tf32":
-        return Blocks(64 if tokens <= 128 else 128, 64, 32, 4, 3)
-    return Blocks(64 if tokens <= 128 else 128, 128, 64, 4, 3)
+        return Blocks(chunk, min(max(columns, 32), 64), 32, 4, 3)
+    return Blocks(chunk, min(max(columns, 32), 128), 64, 4, 3)
 
 
 def lag_blocks_for(dtype: torch.dtype) -> LagBlocks:

@@ -48,7 +48,7 @@ def forward(
     if x.numel() == 0:
         return empty_like(x)
     if _algorithm(x, cu_seqlens, first, last, False, how) == "toeplitz":
-        M = blocks_for(x.shape[1], x.dtype).chunk
+        M = blocks_for(x.shape[0], x.shape[1], x.dtype).chunk
         return _toeplitz(to_chunks(x, M, places_of(cu_seqlens, x.shape[1], M)), taps, bias, first, last, centre, 1, x)
     n = fast_length(x.shape[1])
     spectrum = _spectrum(x, 0, x.shape[1] - 1, n)
@@ -73,7 +73,7 @@ def backward(
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(taps)
     if _algorithm(x, cu_seqlens, first, last, True, how) == "toeplitz":
-        M = blocks_for(tokens, x.dtype).chunk
+        M = blocks_for(batch, tokens, x.dtype).chunk
         places = places_of(cu_seqlens, tokens, M)
         dy_chunks = to_chunks(dy, M, places)
         if want_x:
@@ -161,7 +161,7 @@ def _toeplitz(
     x, places = chunks
     channels, slots, batch, M = x.shape
     tokens = like.shape[1]
-    blocks = blocks_for(tokens, x.dtype)
+    blocks = blocks_for(batch, tokens, x.dtype)
     step = blocks.step
     if sign == -1:
         first, last = -last, -first

@@ -67,7 +67,7 @@ def launch(monkeypatch):
     """Launches with blocks so small that short sequences fill several of them."""
     from chela_plugin.kernels.long_conv import configs, launch
 
-    monkeypatch.setattr(launch, "blocks_for", lambda tokens, dtype: configs.Blocks(64, 16, 32, 4, 1))
+    monkeypatch.setattr(launch, "blocks_for", lambda *_: configs.Blocks(64, 16, 32, 4, 1))
     monkeypatch.setattr(launch, "lag_blocks_for", lambda dtype: configs.LagBlocks(32, 16, 4, 1, None))
     return launch
 
@@ -241,6 +241,9 @@ def test_compiled_and_exported_modules_keep_the_operator_whole():
 def test_blocks_and_algorithm_come_from_the_table():
     from chela_plugin.kernels.long_conv import configs
 
+    assert configs.blocks_for(32, 1024, torch.bfloat16) == (128, 128, 64, 4, 3)
+    assert configs.blocks_for(1, 4096, torch.bfloat16) == (64, 32, 64, 4, 3)
+    assert configs.blocks_for(64, 64, torch.bfloat16) == (64, 32, 64, 4, 3)
     assert configs.average_lags(4, 0, 3) == 2.5
     assert configs.average_lags(4, -3, 3) == 4.0
     assert configs.average_lags(1000, 0, 0) == 1.0
