@@ -1,0 +1,250 @@
+"""Linear attention on the GPU: ours and the peers interleaved, with memory, error against fp64 and the memory floor.
+
+    python benchmarks/linear_attention.py [--out FILE] [--peers DIR] [--revision R] [--rounds N]
+
+Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, from DIR or installed) and
+PyTorch's flash attention. The floor counts every input read once and every output written once, backward
+inputs, dO and gradients, at the bandwidth in timing.py. Times are milliseconds: median, 20 % and 80 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step, reference
+
+TOKENS = 32768
+SHAPES = [(16, 128, 128), (32, 64, 64), (16, 64, 128)]
+TIMES = [1024, 2048, 8192, 32768]
+VARIANTS = ["none", "static", "token", "bidirectional"]
+
+
+def inputs(batch: int, T: int, H: int, K: int, V: int) -> tuple[Tensor, ...]:
+    """q, k, v, dO in bf16, a static and a per-token log decay."""
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=g)
+
+    q, k, v, do = (random(batch, T, H, w).bfloat16() for w in (K, K, V, V))
+    static = torch.log1p(-torch.exp2(torch.linspace(-8, -3, H, device="cuda")))  # horizons of 256 to 8 tokens
+    token = F.logsigmoid(random(batch, T, H) + 4)
+    return q, k, v, do, static, token
+
+
+def ours(variant: str, q: Tensor, k: Tensor, v: Tensor, static: Tensor, token: Tensor) -> Tensor:
+    decay = {"static": static, "token": token}.get(variant)
+    return linear_attention(q, k, v, decay, causal=variant != "bidirectional")[0]
+
+
+def with_gradient(forward: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> Callable[[], object]:
+    live = [x.detach().requires_grad_() for x in leaves]
+    return lambda: torch.autograd.grad(forward(*live), live, do)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+
+def compile_case(case: tuple[int, int, int, int, str]) -> None:
+    """One forward and backward pass, so that the compiled kernels lie in Triton's cache."""
+    T, H, K, V, variant = case
+    q, k, v, do, static, token = inputs(TOKENS // T, T, H, K, V)
+    ours(variant, q, k, v, static, token)
+    leaves = [q, k, v] + ([static] if variant == "static" else [token] if variant == "token" else [])
+    with_gradient(lambda q, k, v, d=None: ours(variant, q, k, v, d, d), leaves, do)()
+    torch.cuda.synchronize()
+
+
+def throughput(T: int, H: int, K: int, V: int, rounds: int, fla: Callable[..., tuple] | None) -> list[dict]:
+    """All variants and peers at one shape, forward and forward + backward."""
+    q, k, v, do, static, token = inputs(TOKENS // T, T, H, K, V)
+    runs: dict[str, Callable[[], object]] = {}
+    for variant in VARIANTS:
+        leaves = [q, k, v] + ([static] if variant == "static" else [token] if variant == "token" else [])
+        runs[f"ours {variant} forward"] = lambda variant=variant: ours(variant, q, k, v, static, token)
+        runs[f"ours {variant} both"] = with_gradient(
+            lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do
+        )
+    if fla is not None:
+        runs["fla none forward"] = lambda: fla(q, k, v)
+        runs["fla none both"] = with_gradient(lambda q, k, v: fla(q, k, v)[0], [q, k, v], do)
+        runs["fla static forward"] = lambda: fla(q, k, v, g_gamma=static)
+        runs["fla token forward"] = lambda: fla(q, k, v, g=token)
+    if K == V:
+        runs["flash causal forward"] = lambda: flash(q, k, v)
+        runs["flash causal both"] = with_gradient(flash, [q, k, v], do)
+    times = event_times(runs, rounds)
+    forward_bytes = 2 * TOKENS * H * (2 * K + 2 * V)
+    backward_bytes = 2 * TOKENS * H * (4 * K + 3 * V)
+    rows = []
+    for name, run in runs.items():
+        who, variant, what = name.split()
+        decay_bytes = 4 * TOKENS * H if variant == "token" else 0
+        moved = forward_bytes + decay_bytes + ((backward_bytes + 2 * decay_bytes) if what == "both" else 0)
+        floor = 1e3 * moved / BANDWIDTH
+        ms = quantiles(times[name])
+        row = {"T": T, "H": H, "K": K, "V": V, "who": who, "variant": variant, "what": what, "ms": ms}
+        rows.append(row | {"floor_ms": round(floor, 4), "share": round(floor / ms[0], 3), "MiB": peak_over_inputs(run)})
+    return rows
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float(f"{float((found.double() - wanted).norm() / wanted.norm()):.3g}")
+
+
+def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> list[dict]:
+    """Relative error of output and gradients against the chunked definition in fp64, ours beside fla's."""
+    q, k, v, do, static, token = inputs(1, T, H, K, V)
+    rows = []
+    for variant in VARIANTS:
+        decay = {"static": static, "token": token}.get(variant)
+        leaves = [q, k, v] + ([] if decay is None else [decay])
+        names = ["q", "k", "v"] + ([] if decay is None else ["log_decay"])
+
+        def exact(q, k, v, d=None, variant=variant):
+            if variant == "bidirectional":
+                return reference.bidirectional(q, k, v, K**-0.5, None)[0]
+            return reference.chunked(q, k, v, d, K**-0.5, None)[0]
+
+        def all_of(forward, leaves, do, names=names):
+            live = [x.detach().requires_grad_() for x in leaves]
+            o = forward(*live)
+            return {"o": o.detach()} | dict(zip(names, torch.autograd.grad(o, live, do), strict=True))
+
+        wanted = all_of(exact, [x.double() for x in leaves], do.double())
+        found = all_of(lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do)
+        row = {"T": T, "H": H, "K": K, "V": V, "variant": variant}
+        row["ours"] = {name: relative(x, wanted[name]) for name, x in found.items()}
+        if fla is not None and variant in ("none", "static"):  # fla refuses a per-token decay's gradient on this card
+            gamma = {} if decay is None else {"g_gamma": decay}
+            found = all_of(lambda q, k, v, gamma=gamma: fla(q, k, v, **gamma)[0], [q, k, v], do, ["q", "k", "v"])
+            row["fla"] = {name: relative(x, wanted[name]) for name, x in found.items()}
+        elif fla is not None and variant == "token":
+            row["fla"] = {"o": relative(fla(q, k, v, g=token)[0], wanted["o"])}
+        rows.append(row)
+    return rows
+
+
+def host_microseconds(run: Callable[[], object], calls: int = 300) -> float:
+    """Host time of a call, the device far behind or idle: microseconds."""
+    for _ in range(20):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return round(1e6 * spent / calls, 1)
+
+
+def small_calls(fused_recurrent: Callable[..., tuple] | None) -> dict:
+    """Host time of a small forward call, and one decoding step beside fla's fused recurrent kernel."""
+    q, k, v, _, static, token = inputs(1, 512, 16, 64, 64)
+    found: dict = {
+        "host_us_forward_B1_T512": host_microseconds(lambda: linear_attention(q, k, v)),
+        "host_us_forward_B1_T512_static": host_microseconds(lambda: linear_attention(q, k, v, static)),
+    }
+    if fused_recurrent is None:
+        return found
+    for batch in (1, 64):
+        q, k, v, _, _, token = inputs(batch, 1, 16, 128, 128)
+        state = torch.randn(batch, 16, 128, 128, device="cuda")
+        runs = {
+            "ours": lambda q=q, k=k, v=v, s=state, d=token: linear_attention_step(
+                q[:, 0], k[:, 0], v[:, 0], s, d[:, 0]
+            ),
+            "fla": lambda q=q, k=k, v=v, s=state, d=token: fused_recurrent(
+                q, k, v, g=d, initial_state=s, output_final_state=True
+            ),
+        }
+        times = event_times(runs, 50)
+        found[f"step_ms_B{batch}"] = {name: quantiles(ms) for name, ms in times.items()}
+        found[f"step_host_us_B{batch}"] = {name: host_microseconds(run) for name, run in runs.items()}
+    return found
+
+
+def million(rounds: int) -> list[dict]:
+    """Time per token at T = 1,048,576 against T = 32,768, batch 1."""
+    rows = []
+    for H, D in ((16, 128), (32, 64)):
+        q, k, v, *_ = inputs(1, 2**20, H, D, D)
+        short = [x[:, :TOKENS].contiguous() for x in (q, k, v)]
+        runs = {
+            "1048576": lambda q=q, k=k, v=v: linear_attention(q, k, v),
+            "32768": lambda s=short: linear_attention(*s),
+        }
+        times = {T: quantiles(ms)[0] for T, ms in event_times(runs, rounds).items()}
+        per_token = {T: round(1e6 * ms / int(T), 3) for T, ms in times.items()}
+        rows.append({"H": H, "D": D, "ms": times, "ns_per_token": per_token})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linear_attention_h100.json")
+    parser.add_argument("--peers", help="a folder that holds flash-linear-attention, where it is not installed")
+    parser.add_argument("--revision", help="of the code, where there is no git repository")
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    cases = [(T, *shape, variant) for shape in SHAPES for T in (2048, 8192, 32768) for variant in VARIANTS]
+    with multiprocessing.get_context("spawn").Pool(min(12, multiprocessing.cpu_count())) as pool:
+        pool.map(compile_case, cases, chunksize=1)
+    chunk: Any = None
+    recurrent: Any = None
+    record: dict[str, Any] = conditions(options.revision)
+    if options.peers:
+        sys.path.append(options.peers)
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+
+        chunk, recurrent = chunk_simple_gla, fused_recurrent_simple_gla
+        record["versions"]["fla"] = importlib.metadata.version("fla-core")
+    except ImportError as error:
+        print(f"without fla: {error}")
+    record |= {"tokens": TOKENS, "dtype": "bfloat16", "bandwidth": BANDWIDTH, "rounds": options.rounds}
+
+    def save(name: str, value: object) -> None:
+        """Kept as results come: a run that is cut off leaves what it had."""
+        record[name] = value
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    save("small", small_calls(recurrent))
+    print(record["small"], flush=True)
+    save("errors", [row for T, H in ((2048, 16), (32768, 2)) for D in (64, 128) for row in errors(T, H, D, D, chunk)])
+    for row in record["errors"]:
+        print(row, flush=True)
+    save("million", million(options.rounds))
+    print(record["million"], flush=True)
+    results: list[dict] = []
+    for shape in SHAPES:
+        for T in TIMES:
+            rows = throughput(T, *shape, options.rounds, chunk)
+            results += rows
+            save("results", results)
+            torch.cuda.empty_cache()
+            print(f"H {shape[0]}, K {shape[1]}, V {shape[2]}, T {T:,}")
+            for row in rows:
+                spread = "{:7.3f} [{:.3f}, {:.3f}] ms".format(*row["ms"])
+                shares = f"{row['share']:5.2f} of the floor, {row['MiB']:7.1f} MiB"
+                print(f"  {row['who']:5} {row['variant']:13} {row['what']:7} {spread} {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
