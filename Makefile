@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: demo test lint test-gpu wheel install clean
+.PHONY: demo test lint test-gpu timm-suite wheel install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -13,7 +13,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[lm,harness,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[lm,harness,deploy,dev]'
 	touch $@
 
 # Two ablations on real data, about eight minutes on two cores; start it again and it goes on where it was.
@@ -26,6 +26,18 @@ test: lint
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu tests/gpu
+
+# timm's own tests/test_models.py, unchanged, over our models (tests/vision/timm_suite.py). TIMM is a checkout of timm at
+# the tag of the installed version; without one the source distribution of that version is fetched, once.
+TIMM_VERSION = $(shell $(BIN)/python -c "from importlib.metadata import version; print(version('timm'))")
+TIMM ?= build/timm-$(TIMM_VERSION)
+
+timm-suite: $(INSTALLED)
+	test -d $(TIMM) || { mkdir -p build/sdist && \
+	    $(BIN)/python -m pip download --quiet --no-deps --no-binary timm --dest build/sdist timm==$(TIMM_VERSION) && \
+	    tar -xzf build/sdist/timm-$(TIMM_VERSION).tar.gz -C build; }
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/vision $(BIN)/python -m pytest -q -n auto -p timm_suite -p no:cacheprovider \
+	    -W ignore $(TIMM)/tests/test_models.py
 
 # import-linter sees the package as users get it, so it looks at an installed copy.
 lint: $(INSTALLED)
