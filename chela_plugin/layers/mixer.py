@@ -57,7 +57,7 @@ class Mixer(nn.Module):
         """What `torch.jit.script` compiles in place of this module; without a plain form an error that says so."""
         raise TypeError(
             f"{type(self).__name__} can't be compiled by TorchScript as it is: create the model under timm's "
-            "scriptable=True and with chela as its mixer; torch.compile and torch.export take every mixer"
+            "scriptable=True, with chela, conv or attention as its mixers; torch.export takes every mixer"
         )
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.layers.mixer import Cache, Mixer
+from chela_plugin.layers.plain import with_weights_of
 from chela_plugin.mixers.heads import divide
 from chela_plugin.mixers.projections import reset_projections
 from chela_plugin.mixers.rope import rotate
@@ -45,6 +46,12 @@ class Attention(Mixer):
 
     def path(self, device: torch.device | str) -> str:
         return "sdpa"
+
+    def plain(self) -> nn.Module:
+        """The same weights in a form that TorchScript compiles; ValueError for causal or rotary attention."""
+        if self.causal or self.rope:
+            raise ValueError("causal or rotary attention has no plain form; torch.export takes it as it is")
+        return with_weights_of(self, PlainAttention)
 
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -99,6 +106,20 @@ class Attention(Mixer):
             return visible
         # A padded query sees itself: a softmax over nothing would be NaN.
         return visible & mask[:, None, None, :] | (key == query)
+
+
+class PlainAttention(Attention):
+    """The same for TorchScript and ONNX: two-sided, without rotary positions, masks and cache."""
+
+    __constants__ = ("head_dim", "num_heads")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self
+
+    # Fewer arguments than its base on purpose, and TorchScript reads any text behind `type: ignore` as a type.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def attention(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
 from chela_plugin.layers import Cache, Mixer, ShortLongConv
+from chela_plugin.layers.plain import on_grid, plain_conv, with_weights_of
 
 
 class Conv(Mixer):
@@ -81,7 +82,30 @@ class Conv(Mixer):
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
         return self.conv.init_cache(batch_size, device=device, dtype=dtype)
 
+    def plain(self) -> nn.Module:
+        """The same weights in a form that TorchScript compiles; two-sided mixers only."""
+        twin = with_weights_of(self, PlainConvMixer)
+        twin._modules["conv"] = plain_conv(self.conv)
+        return twin
+
     def reparameterize(self) -> Conv:
         """Fold the convolution's branches, in place; for inference."""
         self.conv.reparameterize()
         return self
+
+
+class PlainConvMixer(Conv):
+    """The same for TorchScript and ONNX: two-sided, on a grid, or on a sequence with `dims=1`."""
+
+    __constants__ = ("uses_grid",)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self
+
+    def path(self, device: torch.device | str) -> str:
+        return "torch"
+
+    # Fewer arguments than its base on purpose, and TorchScript reads any text behind `type: ignore` as a type.
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
+        z = F.silu(self.conv(on_grid(self.wi(x), grid, self.uses_grid)).flatten(2).transpose(1, 2))
+        return self.proj(z * F.silu(self.wg(x)))

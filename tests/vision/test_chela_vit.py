@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 from torch import nn
 
@@ -215,6 +216,17 @@ def test_weights_carry_over_to_another_resolution(tmp_path):
     larger = tiny("chela", img_size=64, pretrained=True, pretrained_cfg_overlay=overlay)
     torch.testing.assert_close(larger.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight, rtol=0, atol=0)
     assert larger.pos_embed.shape[1] == 64
+
+
+def test_a_model_saved_for_one_shape_of_image_loads_for_another(tmp_path):
+    save_for_hf(tiny("chela", img_size=(32, 48)), str(tmp_path), safe_serialization=True)
+    small = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    large = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(64, 40))
+    assert (small.patch_embed.grid_size, large.patch_embed.grid_size) == ((4, 6), (8, 5))
+    wanted = resample_abs_pos_embed(small.pos_embed, new_size=[8, 5], old_size=[4, 6], num_prefix_tokens=0)
+    torch.testing.assert_close(large.pos_embed, wanted, rtol=0, atol=0)
+    for name, parameter in large.named_parameters():
+        assert name == "pos_embed" or torch.equal(parameter, small.get_parameter(name))
 
 
 @pytest.mark.parametrize("mixer", ["chela", "chela(long=explicit) + attention"])

@@ -72,6 +72,19 @@ def test_a_scriptable_model_is_scripted_saved_and_loaded(name, folded, image, tm
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(image), expected, **FP32)
 
 
+@pytest.mark.parametrize("mixer", ["conv", "attention", "chela(dims=1) + attention"])
+def test_other_mixers_are_scripted_too(mixer, image):
+    model = trained("chela_vit_tiny", scriptable=True, mixer=mixer)
+    eager = trained("chela_vit_tiny", mixer=mixer)
+    eager.load_state_dict(model.state_dict())
+    torch.testing.assert_close(torch.jit.script(model)(image), eager(image), **FP32)
+
+
+def test_a_mixer_without_a_plain_form_cannot_be_scripted_and_says_so():
+    with pytest.raises(TypeError, match="chela, conv or attention"):
+        torch.jit.script(trained("chela_vit_tiny", scriptable=True, mixer="bidirectional(gla)"))
+
+
 def test_a_scripted_model_takes_images_of_other_sizes():
     model = trained("chela_vit_tiny", scriptable=True, dynamic_img_size=True)
     scripted = torch.jit.script(model)
