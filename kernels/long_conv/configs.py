@@ -14,7 +14,11 @@ from chela_plugin.kernels.backend import precision
 # Taps that meet a token, on average, from which an FFT is the faster. A Toeplitz product's time grows with them, an
 # FFT's does not. (forward, backward): the backward pass has two Toeplitz products, of which the taps' is the slower,
 # against three transforms and two back.
-FFT_FROM = {"16 bits": (4600, 2000), "tf32": (880, 350), "ieee": (80, 60)}
+FFT_FROM = {"16 bits": (4600, 2300), "tf32": (880, 350), "ieee": (80, 60)}
+
+# Channels are transformed in slabs whose spectra take this much, so that memory does not grow with the batch: three to
+# five slabs of the size at which a transform still runs at the memory's speed.
+SLAB_BYTES = 1 << 26
 
 
 class Blocks(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from chela_plugin.kernels.backend import precision
 
 from . import triton as kernels
-from .configs import algorithm, blocks_for, lag_blocks_for
+from .configs import SLAB_BYTES, algorithm, blocks_for, lag_blocks_for
 from .reference import fast_length
 
 TILE_T, TILE_D = 64, 64  # of the copies between layouts, which run at a plain copy's speed
@@ -50,10 +50,13 @@ def forward(
     if _algorithm(x, cu_seqlens, first, last, False, how) == "toeplitz":
         M = blocks_for(x.shape[0], x.shape[1], x.dtype).chunk
         return _toeplitz(to_chunks(x, M, places_of(cu_seqlens, x.shape[1], M)), taps, bias, first, last, centre, 1, x)
+    y = empty_like(x)
     n = fast_length(x.shape[1])
-    spectrum = _spectrum(x, 0, x.shape[1] - 1, n)
-    spectrum.mul_(_spectrum(_as_tokens(taps, first, last, centre), first, last, n))
-    return _from_spectrum(spectrum, empty_like(x), bias)
+    for part in _slabs(x, n):
+        spectrum = _spectrum(x[..., part], 0, x.shape[1] - 1, n)
+        spectrum.mul_(_spectrum(_as_tokens(taps[part], first, last, centre), first, last, n))
+        _from_spectrum(spectrum, y[..., part], None if bias is None else bias[part])
+    return y
 
 
 def backward(
@@ -67,7 +70,7 @@ def backward(
     how: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and taps, in their dtypes; `[0]` for what is not wanted."""
-    batch, tokens, channels = x.shape
+    batch, tokens, _ = x.shape
     first, last, centre = lags_of(tokens, taps, causal)
     dx = dtaps = taps.new_empty(0)
     if x.numel() == 0:
@@ -81,27 +84,30 @@ def backward(
         if want_taps:
             dtaps = _lag_sums(dy_chunks, to_chunks(x, M, places), taps, first, last, centre)
         return dx, dtaps
-    n = fast_length(tokens)
-    h = _spectrum(_as_tokens(taps, first, last, centre), first, last, n)
-    g = _spectrum(dy, 0, tokens - 1, n)
-    if want_taps:
-        c = torch.empty_like(h)
-        grid = (channels, triton.cdiv(n, LINE))
-        kernels.correlate[grid](
-            *(torch.view_as_real(z) for z in (g, _spectrum(x, 0, tokens - 1, n), h, c)), batch, n, BLOCK=LINE
-        )
-        dtaps = torch.zeros(channels, taps.shape[1], dtype=torch.float32, device=x.device)
-        c = torch.fft.ifft(c, norm="forward")
-        _read_real(c, _as_tokens(dtaps, 0, last, centre), None)
-        if first < 0:  # -i c[n - p] is the sum at lag -p
-            turn = torch.arange(n + first, n, device=x.device) * (-math.pi / 2 / n)
-            behind = c[:, 0, n + first :] * torch.polar(torch.ones_like(turn), turn)
-            dtaps[:, centre + first : centre] = behind.imag * (-1 / n)
-        dtaps = dtaps.to(taps.dtype)
-    else:
-        g.mul_(h.conj())
     if want_x:
-        dx = _from_spectrum(g, empty_like(x), None)
+        dx = empty_like(x)
+    if want_taps:
+        dtaps = torch.zeros(taps.shape, dtype=taps.dtype, device=x.device)
+    n = fast_length(tokens)
+    for part in _slabs(x, n):
+        h = _spectrum(_as_tokens(taps[part], first, last, centre), first, last, n)
+        g = _spectrum(dy[..., part], 0, tokens - 1, n)
+        if want_taps:
+            c = torch.empty_like(h)
+            spectra = (g, _spectrum(x[..., part], 0, tokens - 1, n), h, c)
+            grid = (h.shape[0], triton.cdiv(n, LINE))
+            kernels.correlate[grid](*(torch.view_as_real(z) for z in spectra), batch, n, BLOCK=LINE)
+            del spectra
+            c = torch.fft.ifft(c, norm="forward")
+            _read_real(c, _as_tokens(dtaps[part], 0, last, centre), None)
+            if first < 0:  # -i c[n - p] is the sum at lag -p
+                turn = torch.arange(n + first, n, device=x.device) * (-math.pi / 2 / n)
+                behind = c[:, 0, n + first :] * torch.polar(torch.ones_like(turn), turn)
+                dtaps[part, centre + first : centre] = behind.imag * (-1 / n)
+        else:
+            g.mul_(h.conj())
+        if want_x:
+            _from_spectrum(g, dx[..., part], None)
     return dx, dtaps
 
 
@@ -227,6 +233,12 @@ def _tiles(shape: torch.Size, tokens: int, BT: int, BD: int) -> tuple[tuple[int]
 # FFT -----------------------------------------------------------------------------------------------------------------
 
 
+def _slabs(x: Tensor, n: int) -> list[slice]:
+    """Cuts of the channels, 8 or a multiple of it in each, with spectra of SLAB_BYTES at most if that allows."""
+    channels = max(SLAB_BYTES // (8 * n * x.shape[0]) // 8 * 8, 8)
+    return [slice(d, d + channels) for d in range(0, x.shape[2], channels)]
+
+
 def _as_tokens(taps: Tensor, first: int, last: int, centre: int) -> Tensor:
     """The taps of lags first..last as a sequence `[1, lags, D]`."""
     return taps[:, centre + first : centre + last + 1].t()[None]
@@ -245,12 +257,12 @@ def _spectrum(x: Tensor, first: int, last: int, n: int) -> Tensor:
     return torch.fft.fft(z)
 
 
-def _from_spectrum(spectrum: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    return _read_real(torch.fft.ifft(spectrum, norm="forward"), y, bias)
+def _from_spectrum(spectrum: Tensor, y: Tensor, bias: Tensor | None) -> None:
+    _read_real(torch.fft.ifft(spectrum, norm="forward"), y, bias)
 
 
-def _read_real(z: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """y `[B, T, D]` from the unscaled inverse transform z `[D, B, n]`."""
+def _read_real(z: Tensor, y: Tensor, bias: Tensor | None) -> None:
+    """Fills y `[B, T, D]` from the unscaled inverse transform z `[D, B, n]`."""
     n = z.shape[2]
     pairs = torch.view_as_real(z)
     grid, sizes = _tiles(y.shape, y.shape[1], TILE_T, TILE_D)
@@ -258,4 +270,3 @@ def _read_real(z: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         pairs, y, pairs if bias is None else bias, y.shape[1], y.shape[2], n, *sizes, math.pi / 2 / n, 1 / n,
         pairs.stride(1), pairs.stride(0), *y.stride(), BIAS=bias is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
-    return y

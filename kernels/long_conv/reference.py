@@ -35,7 +35,11 @@ def direct(x: Tensor, taps: Tensor, *, causal: bool) -> Tensor:
     tokens = x.shape[1]
     window = lag_window(taps, tokens, causal=causal)  # [D, 2T-1], lag j at column T-1+j
     # Row i, column s of the Toeplitz matrix holds lag i - s: windows of the reversed taps, last window first.
-    toeplitz = window.flip(-1).unfold(-1, tokens, 1).flip(1)
+    if torch.compiler.is_compiling():  # unfold's size is a plain int: a graph for each T
+        shifted = torch.nn.functional.pad(window.flip(-1), (1, 0)).repeat(1, tokens)[:, tokens:]
+        toeplitz = shifted.unflatten(1, (tokens, 2 * tokens - 1))[..., :tokens]
+    else:
+        toeplitz = window.flip(-1).unfold(-1, tokens, 1).flip(1)
     return torch.bmm(toeplitz, x.permute(2, 1, 0)).permute(2, 1, 0)
 
 
@@ -56,6 +60,8 @@ def fft(x: Tensor, taps: Tensor, *, causal: bool) -> Tensor:
 
 def fast_length(points: int) -> int:
     """The smallest n >= points of the form 2^a, 3 * 2^a or 5 * 2^a, which FFT libraries are quick at."""
+    if torch.compiler.is_compiling():  # a form that stays symbolic, lest there be a graph for each T
+        return (points + 127) // 128 * 128
     power = 1 << max(points - 1, 0).bit_length()
     return min(n for n in (power, power // 4 * 3, power // 8 * 5) if n >= points)
 

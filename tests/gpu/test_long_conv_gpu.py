@@ -9,8 +9,9 @@ from chela_plugin.kernels.long_conv import long_conv
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-# Output rounding of bf16 and of bf16 taps, of fp16, and of fp32 sums; relative to the whole result.
-TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-6}
+# Output rounding of bf16 and of bf16 taps, of fp16, and of fp32 sums of up to 6,000 terms in a row; relative to the
+# whole result.
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 4e-6}
 
 
 def in_double(x, h, dy, causal):
@@ -57,7 +58,7 @@ def test_kernels_equal_fp64_with_all_gradients(how, causal, dtype, batch, tokens
     wanted_y, wanted_dx, wanted_dh = in_double(x, h, dy, causal)
     assert error(y, wanted_y + leaves[2].detach().double()) < TOLERANCE[dtype]
     assert error(dx, wanted_dx) < TOLERANCE[dtype]
-    assert error(dh, wanted_dh) < 2e-6  # products of low precision are exact in fp32, sums are fp32
+    assert error(dh, wanted_dh) < 4e-6  # products of low precision are exact in fp32, sums are fp32
     assert error(db, dy.double().sum((0, 1))) < 1e-6
 
 
@@ -97,7 +98,7 @@ def test_tf32_only_where_torch_allows_it():
         assert 1e-5 < error(long_conv(x, h), wanted) < 1e-3  # 11 bits of each factor
     finally:
         torch.set_float32_matmul_precision(before)
-    assert error(long_conv(x, h), wanted) < 2e-6
+    assert error(long_conv(x, h), wanted) < 4e-6
 
 
 @pytest.mark.parametrize("tokens", [1000, 16384])

@@ -143,6 +143,21 @@ def test_the_fft_lets_nothing_wrap_around(launch):
 
 
 @interpreted
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_fft_in_slabs_of_channels_is_the_same(launch, causal, monkeypatch):
+    x, h, bias, dy = case(2, 30, 20, 30, causal)
+    found = []
+    for size in (1 << 26, 1):
+        monkeypatch.setattr(launch, "SLAB_BYTES", size)
+        gradients = launch.backward(dy, x, h, None, causal, True, True, "fft")
+        found.append((launch.forward(x, h, bias, None, causal, "fft"), *gradients))
+    assert len(launch._slabs(x, 30)) == 3
+    for one, many in zip(*found, strict=True):
+        # Transforms of other batch sizes may round otherwise.
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 def test_gradients_that_nobody_wants_are_not_computed(launch):
     x, h, _, dy = case(1, 20, 2, 20, True)
     for how in ("toeplitz", "fft"):
