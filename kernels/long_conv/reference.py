@@ -4,8 +4,8 @@
     two-sided:  y[b, t, d] = bias[d] + sum_{j = -(L-1)}^{L-1} taps[d, L - 1 + j] x[b, t - j, d]
 
 with x zero outside 0..T-1. `direct` is the definition: a Toeplitz matrix per channel times the sequence, O(T^2), exact
-in every dtype and without influence of the future, bit for bit. `fft` is the same sum in O(T log T); it pads to at
-least T + L - 1 points, so that nothing wraps around, and is causal up to its own rounding.
+in every dtype and without influence of the future, bit for bit. `fft` is the same sum in O(T log T); it pads by the
+largest lag, so that nothing that wraps around is read, and is causal up to its own rounding.
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ def fft(x: Tensor, taps: Tensor, *, causal: bool) -> Tensor:
     tokens = x.shape[1]
     if causal:
         taps = taps[:, :tokens]
-        behind = 0
+        behind, ahead = 0, taps.shape[1] - 1
     else:
-        taps = lag_window(taps, tokens, causal=False)
-        behind = tokens - 1  # lag 0 stands there
-    points = fast_length(tokens + taps.shape[-1] - 1)
+        centre = taps.shape[1] // 2
+        ahead = behind = min(centre, tokens - 1)
+        taps = taps[:, centre - behind : centre + ahead + 1]
+    # Lag 0 stands at `behind`, so places behind .. behind + T - 1 are read; what wraps around stays out of them.
+    points = fast_length(tokens + ahead)
     x_f = torch.fft.rfft(x.transpose(1, 2), n=points)
     y = torch.fft.irfft(x_f * torch.fft.rfft(taps, n=points), n=points)
     return y[..., behind : behind + tokens].transpose(1, 2)
