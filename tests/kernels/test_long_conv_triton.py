@@ -107,9 +107,9 @@ def test_low_precision_activations_meet_fp32_sums(launch, how, dtype, monkeypatc
 
 @interpreted
 @pytest.mark.parametrize("how", ["toeplitz", "fft"])
-@pytest.mark.parametrize("tokens", [48, 50])
-def test_any_memory_order_goes_in_and_time_first_comes_out_as_it_went_in(launch, how, tokens):
-    x, h, bias, dy = case(2, tokens, 4, tokens, True)
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 48), (2, 50), (1, 128)])
+def test_any_memory_order_goes_in_and_time_first_comes_out_as_it_went_in(launch, how, batch, tokens):
+    x, h, bias, dy = case(batch, tokens, 4, tokens, True)
     plain = launch.forward(x, h, bias, None, True, how)
     time_first = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     every_other = torch.stack([x, x], dim=2)[:, :, 1]
