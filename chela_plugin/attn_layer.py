@@ -2,7 +2,7 @@
 
 timm looks `attn_layer` up in a dict of its own and demands a class. Importing this module replaces that dict by one
 that also knows every mixer string, lets MetaFormer take strings too, and makes the places that would ignore one say so.
-Everything of timm that isn't public is touched here and nowhere else (timm 1.0.29 and newer; `tests/test_attn_layer.py`
+Everything of timm that isn't public is touched here and nowhere else (timm 1.0.31 and newer; `tests/test_attn_layer.py`
 fails where a version moves it).
 """
 
