@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention
+from timm.models import save_for_hf
 from timm.models import vision_transformer as vit
 from torch import nn
 
@@ -196,9 +197,8 @@ def narrow(monkeypatch):
     entry = timm.models._registry._model_entrypoints
 
     def poolformer_s12(pretrained=False, **kwargs):
-        return timm.models.metaformer._create_metaformer(
-            "poolformer_s12", depths=(1, 1, 1, 1), norm_layers=timm.layers.GroupNorm1, use_mlp_head=False, **kwargs
-        )
+        fixed = {"depths": (1, 1, 1, 1), "norm_layers": timm.layers.GroupNorm1, "use_mlp_head": False}
+        return timm.models.metaformer._create_metaformer("poolformer_s12", pretrained, **fixed, **kwargs)
 
     monkeypatch.setitem(entry, "poolformer_s12", poolformer_s12)
 
@@ -224,6 +224,14 @@ def test_mixers_in_metaformer_keep_their_initialisation_and_pickle(narrow):
     assert isinstance(mixer, MapMixer) and torch.equal(mixer.mixer.out.weight, torch.eye(32))
     again = pickle.loads(pickle.dumps(mixer))
     assert torch.equal(again.mixer.out.weight, mixer.mixer.out.weight)
+
+
+def test_the_strings_are_saved_with_timms_own_models(narrow, tmp_path):
+    x = torch.randn(1, 3, 32, 32)
+    for name, model in (("vit", small(attn_layer="chela")), ("former", former("chela(long=modal) + native"))):
+        save_for_hf(model, str(tmp_path / name), safe_serialization=True)
+        back = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
+        torch.testing.assert_close(back.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
 def test_bad_token_mixers_are_refused(narrow):
