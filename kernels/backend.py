@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -31,6 +32,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
     return "triton" if runs else "reference"
 
 
+@functools.cache
 def _triton_installed() -> bool:
     """Triton with tensor descriptors, 3.4 or newer."""
     try:

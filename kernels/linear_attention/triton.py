@@ -114,7 +114,7 @@ def cumulative_decay(log_decay, g, cuts, T, H, SEG, SEGMENTS, stride_b, stride_t
     t = t0 + tl.arange(0, BT)
     place = _decay_place(p, row * T + start, BT) + t
     for h0 in range(0, H, BH):
-        h = h0 + tl.arange(0, BH)
+        h = (h0 + tl.arange(0, BH)).to(tl.int64)
         at = row * stride_b + (start + t)[:, None] * stride_t + h[None, :] * stride_h
         d = _checked(tl.load(log_decay + at, (t < n)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32))
         tl.store(g + h[None, :] * g_stride + place[:, None], tl.cumsum(d, 0), (h < H)[None, :])
@@ -234,7 +234,7 @@ def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, S
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
     if DECAY == 2:
-        g += h * g_stride + _decay_place(p, row * T + start, BT)
+        g += h.to(tl.int64) * g_stride + _decay_place(p, row * T + start, BT)
     h = h.to(tl.int64)
     _walk(q + row * q_b + start * q_t + h * q_h, k + row * k_b + start * k_t + h * k_h,
           v + row * v_b + start * v_t + h * v_h, q, o + ((row * T + start) * H + h) * V, q, q_t, k_t, v_t, q_t, H * V,
@@ -275,7 +275,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stri
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
     if DECAY == 2:
-        g += h * g_stride + _decay_place(p, at, BT)
+        g += h.to(tl.int64) * g_stride + _decay_place(p, at, BT)
     h = h.to(tl.int64)
     q += row * q_b + start * q_t + h * q_h
     k += row * k_b + start * k_t + h * k_h
@@ -347,7 +347,7 @@ def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEG
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
     if DECAY == 2:
-        g += h * g_stride + _decay_place(p, row * T + start, BT)
+        g += h.to(tl.int64) * g_stride + _decay_place(p, row * T + start, BT)
     mask += row * T + start
     head = h.to(tl.int64)
     a += row * a_b + start * a_t + head * a_h
