@@ -24,7 +24,8 @@ def with_weights_of(module: nn.Module, form: type[Form]) -> Form:
     """A `form`, a subclass of the module's class that adds no state, over the module's own parameters and buffers."""
     twin = form.__new__(form)
     twin.__dict__.update(module.__dict__)
-    twin._modules = dict(module._modules)
+    for own in ("_parameters", "_buffers", "_modules"):  # tables of its own: folding one leaves the other whole
+        twin.__dict__[own] = dict(module.__dict__[own])
     return twin
 
 

@@ -37,6 +37,7 @@ def test_plain_scripted_and_folded_forms_compute_what_the_mixer_computes(long, d
     torch.testing.assert_close(plain(x, grid), expected, **F64)
     torch.testing.assert_close(torch.jit.script(plain)(x, grid), expected, **F64)
     torch.testing.assert_close(torch.jit.script(plain.reparameterize())(x, grid), expected, **F64)
+    torch.testing.assert_close(mixer(x, grid=grid), expected, rtol=0, atol=0)  # folding one leaves the other whole
 
 
 @pytest.mark.parametrize(
