@@ -1,8 +1,8 @@
 """Pytest plugin that points timm's own tests/test_models.py, unchanged, at our models: `make timm-suite`.
 
-timm's test file asks `timm.list_models` which models to run, by patterns and modules. This plugin answers with ours
-alone, and makes ours ViTs wherever a list of timm's names ViTs. It deselects nothing: tests that name a model
-themselves run on that model.
+timm's test file asks `timm.list_models` which models to run, by patterns and modules. While tests are collected this
+plugin answers with ours alone, and makes ours ViTs wherever a list of timm's names ViTs. It deselects nothing: tests
+that name a model themselves run on that model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ MODULES = {"vision_transformer": ["chela_vit", "chela_former"]}  # with forward_
 
 chela_plugin.register()
 every_model = timm.list_models
+collecting = True  # a test that asks while it runs wants to know about all models
 
 
 def as_list(value: str | Iterable[str]) -> list[str]:
@@ -38,7 +39,7 @@ def our_models(
     exclude_filters: str | Iterable[str] = "",
     **options: bool,
 ) -> list[str]:
-    """`timm.list_models`, ours only."""
+    """`timm.list_models`, while collecting ours only."""
     listed = every_model(
         with_ours(filter, PATTERNS),
         with_ours(module, MODULES),
@@ -46,7 +47,7 @@ def our_models(
         exclude_filters=with_ours(exclude_filters, PATTERNS),
         **options,
     )
-    return [name for name in listed if name.startswith("chela_")]
+    return [name for name in listed if name.startswith("chela_") or not collecting]
 
 
 timm.list_models = our_models  # type: ignore[assignment]  # same calls, looser signature
@@ -61,3 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
             f"{config.rootpath} is not timm {timm.__version__}, the version that is installed: check out the tag "
             f"v{timm.__version__}, or unpack its source distribution"
         )
+
+
+def pytest_collection_finish() -> None:
+    global collecting
+    collecting = False
