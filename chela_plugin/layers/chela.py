@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from chela_plugin.kernels.backend import backend
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 
+from .initial import reset_projections
 from .long_kernel import decay_init, no_weight_decay, precise
 from .mixer import Cache, Mixer
 from .short_long_conv import ShortLongConv
@@ -139,13 +140,10 @@ class Chela(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for layer in (self.q, self.k, self.v, self.g, self.u, self.proj):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-                if layer.bias is not None:
-                    nn.init.ones_(layer.bias)  # the update gate starts open
-        if self.depth is not None:
-            self.proj.weight.mul_((2 * self.depth) ** -0.5)
+        inner = [layer for layer in (self.q, self.k, self.v, self.g, self.u) if layer is not None]
+        reset_projections(*inner, output=self.proj, depth=self.depth)
+        if self.u is not None:
+            nn.init.ones_(self.u.bias)  # the update gate starts open
         self.conv.reset_parameters()
         nn.init.ones_(self.head_norm)
         if self.skip is not None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.layers.plain import with_weights_of
 from chela_plugin.mixers.heads import divide
-from chela_plugin.mixers.projections import reset_projections
 from chela_plugin.mixers.rope import rotate
 
 
@@ -74,7 +74,8 @@ class Attention(Mixer):
             k, v, mask = self._remember(k, v, mask, cache)
         visible = self._visible(time, k.shape[1], mask, x.device)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        plain_causal = self.causal and visible is None and time > 1
+        # A single query sees all keys; and bool, because a compiler's `time` is symbolic.
+        plain_causal = self.causal and visible is None and bool(time > 1)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=plain_causal)
         return self.proj(o.transpose(1, 2).reshape(batch, time, dim))
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
 from chela_plugin.layers import Cache, Mixer, ShortLongConv
+from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.plain import on_grid, plain_conv, with_weights_of
 
 
@@ -64,10 +65,7 @@ class Conv(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for layer in (self.wi, self.wg, self.proj):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        if self.depth is not None:
-            self.proj.weight.mul_((2 * self.depth) ** -0.5)
+        reset_projections(self.wi, self.wg, output=self.proj, depth=self.depth)
         self.conv.reset_parameters()
 
     def path(self, device: torch.device | str) -> str:

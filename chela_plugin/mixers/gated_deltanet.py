@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from chela_plugin.layers.causal_conv import CausalConv
+from chela_plugin.layers.initial import log_uniform_step_bias, reset_projections
 from chela_plugin.layers.long_kernel import no_weight_decay
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import divide, expanded, heads_at_least
 from chela_plugin.mixers.linear_attention import empty_state
-from chela_plugin.mixers.projections import log_uniform_step_bias, reset_projections
 from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
 
 

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import divide, expanded, heads_at_least
 from chela_plugin.mixers.linear_attention import attend, empty_state
-from chela_plugin.mixers.projections import reset_projections
 from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
 
 GATE_RANK = 16  # section 4.4: the decay's projection has low rank, to spare parameters

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.layers.chela import FEATURE_MAPS, fixed_log_decay
+from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import divide, expanded
-from chela_plugin.mixers.projections import reset_projections
 from chela_plugin.mixers.recurrent import RecurrentMixer, real_tokens
 from chela_plugin.mixers.rope import rotate
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.layers.causal_conv import CausalConv
+from chela_plugin.layers.initial import log_uniform_step_bias
 from chela_plugin.layers.long_kernel import no_weight_decay
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import divide, expanded
 from chela_plugin.mixers.linear_attention import attend, empty_state
-from chela_plugin.mixers.projections import log_uniform_step_bias
 from chela_plugin.mixers.recurrent import RecurrentMixer
 
 

@@ -1,4 +1,4 @@
-"""How the attention-like mixers start: one scheme for all of them, so that comparisons don't measure it."""
+"""How CHELA and the attention-like mixers start: one scheme for all of them, so that comparisons don't measure it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def reset_projections(*inner: nn.Linear, output: nn.Linear, depth: int | None) -> None:
-    """Normal weights of variance `1 / in_features`, the output's scaled by `(2 depth)^-0.5` (GPT-2's residual scaling).
+    """GPT-2's start: normal weights of deviation 0.02, the output's times `(2 depth)^-0.5`; biases are zero.
 
-    The same as in `layers.Chela`. `depth` is the host's number of blocks, None where it isn't known. Biases are zero.
+    It is also what transformers and timm give every other layer of the hosts. `depth` is the host's number of blocks,
+    None where it isn't known.
     """
     for linear in (*inner, output):
-        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.normal_(linear.weight, std=0.02)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
     if depth is not None:
