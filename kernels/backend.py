@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -32,7 +31,6 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
     return "triton" if runs else "reference"
 
 
-@functools.cache
 def _triton_installed() -> bool:
     """Triton with tensor descriptors, 3.4 or newer."""
     try:
