@@ -74,8 +74,9 @@ class Attention(Mixer):
             k, v, mask = self._remember(k, v, mask, cache)
         visible = self._visible(time, k.shape[1], mask, x.device)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        # A single query sees all keys; and bool, because a compiler's `time` is symbolic.
-        plain_causal = self.causal and visible is None and bool(time > 1)
+        plain_causal = self.causal and visible is None
+        if time == 1:  # it sees all keys; an `and` would hand SDPA a symbol while compiling
+            plain_causal = False
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=plain_causal)
         return self.proj(o.transpose(1, 2).reshape(batch, time, dim))
 
