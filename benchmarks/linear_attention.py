@@ -32,6 +32,7 @@ TOKENS = 32768
 SHAPES = [(16, 128, 128), (32, 64, 64), (16, 64, 128)]
 TIMES = [1024, 2048, 8192, 32768]
 VARIANTS = ["none", "static", "token", "bidirectional"]
+FLA_SHAPES = [(16, 128, 128)]  # its search compiles some 150 kernels a shape, minutes of it
 FLA_SHARES = 16
 
 
@@ -82,7 +83,10 @@ def compile_case(case: tuple[int, int, int, int, str | int, str | None]) -> None
                 kernel.all_configs = getattr(kernel, "all_configs", kernel.configs)
                 kernel.configs = kernel.all_configs[variant::FLA_SHARES] or kernel.all_configs[:1]
                 kernel.cache.clear()
-        with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
+        try:
+            with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
+        except RuntimeError as error:  # a configuration that spills by the gigabyte, beside a dozen other processes
+            print(f"fla, share {variant}: {error}")
         return
     ours(variant, q, k, v, static, token)
     leaves = [q, k, v] + ([static] if variant == "static" else [token] if variant == "token" else [])
@@ -102,7 +106,7 @@ def throughput(T: int, H: int, K: int, V: int, rounds: int, fla: Callable[..., t
         runs[f"ours {variant} both"] = with_gradient(
             lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do
         )
-    if fla is not None and K == V:
+    if fla is not None and (H, K, V) in FLA_SHAPES:
         runs["fla none forward"] = lambda: fla(q, k, v)
         runs["fla none both"] = with_gradient(lambda q, k, v: fla(q, k, v)[0], [q, k, v], do)
     if K == V:
@@ -150,7 +154,7 @@ def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> 
         found = all_of(lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do)
         row = {"T": T, "H": H, "K": K, "V": V, "variant": variant}
         row["ours"] = {name: relative(x, wanted[name]) for name, x in found.items()}
-        if fla is not None and variant == "none":
+        if fla is not None and variant == "none" and (H, K, V) in FLA_SHAPES:
             found = all_of(lambda q, k, v: fla(q, k, v)[0], [q, k, v], do)
             row["fla"] = {name: relative(x, wanted[name]) for name, x in found.items()}
         rows.append(row)
@@ -220,14 +224,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     cases: list[tuple] = [
-        (T, *shape, variant, None) for shape in SHAPES for T in (2048, 8192, 32768) for variant in VARIANTS
+        (T, *shape, variant, None) for T in (8192, 32768, 2048) for shape in SHAPES for variant in VARIANTS
     ]
     if options.peers:
         sys.path.append(options.peers)
     if importlib.util.find_spec("fla"):
-        cases = [
-            (2048, H, K, V, share, options.peers) for H, K, V in SHAPES if K == V for share in range(FLA_SHARES)
-        ] + cases
+        cases = [(2048, *shape, share, options.peers) for shape in FLA_SHAPES for share in range(FLA_SHARES)] + cases
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(14, multiprocessing.cpu_count())) as pool:
         pool.map(compile_case, cases, chunksize=1)
@@ -253,9 +255,6 @@ def main() -> None:
     print(record["small"], flush=True)
     save("million", million(options.rounds))
     print(record["million"], flush=True)
-    save("errors", [row for T in (2048, 32768) for H, D in ((32, 64), (16, 128)) for row in errors(T, H, D, D, chunk)])
-    for row in record["errors"]:
-        print(row, flush=True)
     results: list[dict] = []
     for shape in SHAPES:
         for T in TIMES:
@@ -268,6 +267,9 @@ def main() -> None:
                 spread = "{:7.3f} [{:.3f}, {:.3f}] ms".format(*row["ms"])
                 shares = f"{row['share']:5.2f} of the floor, {row['MiB']:7.1f} MiB"
                 print(f"  {row['who']:5} {row['variant']:13} {row['what']:7} {spread} {shares}", flush=True)
+    save("errors", [row for T in (2048, 32768) for H, D in ((32, 64), (16, 128)) for row in errors(T, H, D, D, chunk)])
+    for row in record["errors"]:
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
