@@ -1,8 +1,8 @@
 """Linear attention on the GPU: ours and the peers interleaved, with memory, error against fp64 and the memory floor.
 
-    python benchmarks/linear_attention.py [--out FILE] [--peers DIR] [--revision R] [--rounds N]
+    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N]
 
-Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, from DIR or installed) and
+Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, where it is installed) and
 PyTorch's flash attention. The floor counts every input read once and every output written once, backward
 inputs, dO and gradients, at the bandwidth in timing.py. Times are milliseconds: median, 20 % and 80 %.
 """
@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ SHAPES = [(16, 128, 128), (32, 64, 64), (16, 64, 128)]
 TIMES = [1024, 2048, 8192, 32768]
 VARIANTS = ["none", "static", "token", "bidirectional"]
 FLA_SHAPES = [(16, 128, 128)]  # its search compiles some 150 kernels a shape, minutes of it
-FLA_SHARES = 16
+FLA_SHARES = 10
 
 
 def inputs(batch: int, T: int, H: int, K: int, V: int) -> tuple[Tensor, ...]:
@@ -64,36 +63,41 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
-def compile_case(case: tuple[int, int, int, int, str | int, str | None]) -> None:
-    """One forward and backward pass, so that the compiled kernels lie in Triton's cache.
-
-    Instead of one of our variants a number n stands for every n-th of the configurations that fla searches through.
-    """
-    T, H, K, V, variant, peers = case
-    q, k, v, do, static, token = inputs(1 if isinstance(variant, int) else TOKENS // T, T, H, K, V)
-    if isinstance(variant, int):
-        sys.path.append(peers or "")
-        from fla.ops.common import chunk_h, chunk_o
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        for kernel in (*vars(chunk_h).values(), *vars(chunk_o).values()):
-            while kernel is not None and not hasattr(kernel, "configs"):
-                kernel = getattr(kernel, "fn", None)
-            if kernel is not None and isinstance(kernel.configs, list):
-                kernel.all_configs = getattr(kernel, "all_configs", kernel.configs)
-                kernel.configs = kernel.all_configs[variant::FLA_SHARES] or kernel.all_configs[:1]
-                kernel.cache.clear()
-        try:
-            with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
-        except RuntimeError as error:  # a configuration that spills by the gigabyte, beside a dozen other processes
-            print(f"fla, share {variant}: {error}")
-        return
+def compile_case(case: tuple[int, int, int, int, str]) -> None:
+    """One forward and backward pass of ours, so that the compiled kernels lie in Triton's cache."""
+    T, H, K, V, variant = case
+    q, k, v, do, static, token = inputs(TOKENS // T, T, H, K, V)
     ours(variant, q, k, v, static, token)
     leaves = [q, k, v] + ([static] if variant == "static" else [token] if variant == "token" else [])
     with_gradient(lambda q, k, v, d=None: ours(variant, q, k, v, d, d), leaves, do)()
     torch.cuda.synchronize()
     del q, k, v, do, leaves
     torch.cuda.empty_cache()  # other processes compile on this card
+
+
+def compile_fla(share: int) -> None:
+    """Every FLA_SHARES-th of the configurations that fla searches through, so that the search finds them compiled."""
+    from fla.ops.common import chunk_h, chunk_o
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    for kernel in (*vars(chunk_h).values(), *vars(chunk_o).values()):
+        while kernel is not None and not hasattr(kernel, "configs"):
+            kernel = getattr(kernel, "fn", None)
+        if kernel is not None and isinstance(kernel.configs, list):
+            kernel.configs = kernel.configs[share::FLA_SHARES] or kernel.configs[:1]
+    for H, K, V in FLA_SHAPES:
+        q, k, v, do, *_ = inputs(1, 2048, H, K, V)
+        try:
+            with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
+        except RuntimeError as error:  # a configuration that spills by the gigabyte, beside other processes
+            print(f"fla, share {share}: {error}")
+
+
+def in_parallel(compile_one: Callable[[Any], None], cases: list, processes: int) -> None:
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(processes, multiprocessing.cpu_count())) as pool:
+        pool.map(compile_one, cases, chunksize=1)
+    print(f"{compile_one.__name__}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def throughput(T: int, H: int, K: int, V: int, rounds: int, fla: Callable[..., tuple] | None) -> list[dict]:
@@ -219,57 +223,48 @@ def million(rounds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linear_attention_h100.json")
-    parser.add_argument("--peers", help="a folder that holds flash-linear-attention, where it is not installed")
     parser.add_argument("--revision", help="of the code, where there is no git repository")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    cases: list[tuple] = [
-        (T, *shape, variant, None) for T in (8192, 32768, 2048) for shape in SHAPES for variant in VARIANTS
-    ]
-    if options.peers:
-        sys.path.append(options.peers)
-    if importlib.util.find_spec("fla"):
-        cases = [(2048, *shape, share, options.peers) for shape in FLA_SHAPES for share in range(FLA_SHARES)] + cases
-    start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(min(14, multiprocessing.cpu_count())) as pool:
-        pool.map(compile_case, cases, chunksize=1)
-    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    chunk: Any = None
-    recurrent: Any = None
+    rounds = options.rounds
     record: dict[str, Any] = conditions(options.revision)
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
-
-        chunk, recurrent = chunk_simple_gla, fused_recurrent_simple_gla
-        record["versions"]["fla"] = importlib.metadata.version("fla-core")
-    except ImportError as error:
-        print(f"without fla: {error}")
-    record |= {"tokens": TOKENS, "dtype": "bfloat16", "bandwidth": BANDWIDTH, "rounds": options.rounds}
+    record |= {"tokens": TOKENS, "dtype": "bfloat16", "bandwidth": BANDWIDTH, "rounds": rounds}
 
     def save(name: str, value: object) -> None:
         """Kept as results come: a run that is cut off leaves what it had."""
         record[name] = value
         options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(name, value if name != "results" else "", flush=True)
 
-    save("small", small_calls(recurrent))
-    print(record["small"], flush=True)
-    save("million", million(options.rounds))
-    print(record["million"], flush=True)
+    in_parallel(
+        compile_case, [(T, *s, variant) for T in (8192, 32768, 2048) for s in SHAPES for variant in VARIANTS], 14
+    )
     results: list[dict] = []
     for shape in SHAPES:
         for T in TIMES:
-            rows = throughput(T, *shape, options.rounds, chunk)
-            results += rows
+            results += throughput(T, *shape, rounds, None)
             save("results", results)
-            torch.cuda.empty_cache()
-            print(f"H {shape[0]}, K {shape[1]}, V {shape[2]}, T {T:,}")
-            for row in rows:
-                spread = "{:7.3f} [{:.3f}, {:.3f}] ms".format(*row["ms"])
-                shares = f"{row['share']:5.2f} of the floor, {row['MiB']:7.1f} MiB"
-                print(f"  {row['who']:5} {row['variant']:13} {row['what']:7} {spread} {shares}", flush=True)
-    save("errors", [row for T in (2048, 32768) for H, D in ((32, 64), (16, 128)) for row in errors(T, H, D, D, chunk)])
-    for row in record["errors"]:
-        print(row, flush=True)
+    cases = [(T, H, D, D) for T in (2048, 32768) for H, D in ((32, 64), (16, 128))]
+    save("errors", [row for case in cases for row in errors(*case, None)])
+    save("small", small_calls(None))
+    save("million", million(rounds))
+    if importlib.util.find_spec("fla"):
+        in_parallel(compile_fla, list(range(FLA_SHARES)), FLA_SHARES)
+        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+
+        record["versions"]["fla"] = importlib.metadata.version("fla-core")
+        save("small", small_calls(fused_recurrent_simple_gla))
+        for T in TIMES:
+            for shape in FLA_SHAPES:
+                beside = throughput(T, *shape, rounds, chunk_simple_gla)
+                results = [r for r in results if (r["T"], r["H"], r["K"], r["V"]) != (T, *shape)] + beside
+                save("results", results)
+        save("errors", [row for case in cases for row in errors(*case, chunk_simple_gla)])
+    for row in sorted(results, key=lambda row: (row["H"], row["K"], row["T"])):
+        where = (
+            f"H {row['H']} K {row['K']} V {row['V']} T {row['T']:6} {row['who']:5} {row['variant']:13} {row['what']:7}"
+        )
+        print(f"{where} {row['ms'][0]:7.3f} ms, {row['share']:4.2f} of the floor, {row['MiB']:7.1f} MiB")
 
 
 if __name__ == "__main__":
