@@ -182,7 +182,7 @@ def test_a_model_built_on_meta_and_then_given_storage_is_initialised_by_post_ini
     windowed, chela = (mixer.mixer for mixer in mixers(model))
     assert (windowed.linear.weight == 5).all() and torch.equal(windowed.window, torch.linspace(0, 1, 32))
     assert all(p.abs().max() < 100 for p in model.parameters())
-    assert chela.q.weight.std() > 0.1  # 32^-0.5 = 0.18
+    assert (chela.head_norm == 1).all() and chela.conv.scales[-1].unique().item() == pytest.approx(chela.conv.long_gain)
 
 
 def test_sharded_parameters_are_filled_too(tmp_path):
