@@ -62,7 +62,10 @@ class ChelaConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As saved."""
-        return super().to_dict() | {"mixer_distributions": distributions(parse_pattern(self.mixer)) or None}
+        out = super().to_dict()
+        del out["mixer_distributions"]
+        strangers = distributions(parse_pattern(self.mixer))
+        return out | {"mixer_distributions": strangers} if strangers else out
 
     def mixer_specs(self) -> list[MixerSpec]:
         """One spec a block, `native` resolved."""

@@ -46,7 +46,7 @@ class Family:
 
 
 NO_MLP = "its blocks have no MLP: the mixer is all there is in one"
-LOWER_BOUND = "the lower bounds of its forget gates, which the model learns, reach native blocks only"
+LOWER_BOUND = "the lower bounds that it learns for its forget gates reach native blocks only (use_lower_bound=False)"
 
 # fla 0.6, by the name of the config class.
 FAMILIES = {

@@ -1,8 +1,10 @@
 """`token_mixer` on fla's configs: which families take it, what is built, initialised, saved and loaded."""
 
+import copy
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -144,6 +146,7 @@ def test_the_string_is_kept_in_its_canonical_form(tmp_path):
     assert config.token_mixer == "chela(long=modal) + 2*conv"
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).token_mixer == config.token_mixer
+    assert copy.deepcopy(config).token_mixer == pickle.loads(pickle.dumps(config)).token_mixer == config.token_mixer
     config.token_mixer = None
     assert "token_mixer" not in config.to_dict()
 

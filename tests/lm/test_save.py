@@ -105,6 +105,18 @@ def test_a_checkpoint_of_a_mixer_that_is_not_here_says_which(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_checkpoint_remembers_which_distribution_its_mixers_come_from(tmp_path):
+    tiny("windowed + attention").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mixer_distributions"] == {"windowed": ""}  # registered by this program, not installed
+    saved = {"mixer": "elsewhere + attention", "mixer_distributions": {"elsewhere": "else-where"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | saved))
+    with pytest.raises(UnknownMixerError, match="pip install else-where"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    tiny("attention").save_pretrained(tmp_path)
+    assert "mixer_distributions" not in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_loading_with_another_mixer_is_no_silent_success(tmp_path):
     tiny("attention").save_pretrained(tmp_path)
     _, info = ChelaForCausalLM.from_pretrained(tmp_path, mixer="identity", output_loading_info=True)
