@@ -1,0 +1,65 @@
+"""README's speed tables, written from the JSON under `results/`: python benchmarks/tables.py. A test compares the two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def linear_attention() -> str:
+    """Forward / forward + backward ms and peak MiB of both, H = 16, K = V = 128, 32,768 tokens."""
+    rows = load("linear_attention_h100")["results"]
+    found = {
+        (row["who"], row["variant"], row["T"], row["what"]): row
+        for row in rows
+        if (row["H"], row["K"], row["V"]) == (16, 128, 128)
+    }
+    named = {
+        "ours, no decay": ("ours", "none"),
+        "ours, static decay": ("ours", "static"),
+        "ours, decay per token": ("ours", "token"),
+        "ours, bidirectional": ("ours", "bidirectional"),
+        "fla chunk_simple_gla, no decay": ("fla", "none"),
+        "torch SDPA, flash, causal": ("flash", "causal"),
+    }
+    times = sorted({row["T"] for row in rows})
+    floor = {what: found["ours", "none", times[0], what]["floor_ms"] for what in ("forward", "both")}
+    table = []
+    for name, (who, variant) in named.items():
+        cells = [
+            "{:.3f} / {:.3f}".format(*(found[who, variant, T, what]["ms"][0] for what in ("forward", "both")))
+            for T in times
+        ]
+        table.append([name, *cells, f"{found[who, variant, times[1], 'both']['MiB']:,.0f}"])
+    table.append(["floor, no decay", *[f"{floor['forward']:.3f} / {floor['both']:.3f}"] * len(times), ""])
+    return markdown(["ms forward / forward + backward", *(f"T = {T:,}" for T in times), "peak MiB"], table)
+
+
+def long_conv() -> str:
+    """Forward / forward + backward ms, D = 1,024, 32,768 tokens, a filter as long as the sequence."""
+    rows = [row for row in load("long_conv_h100")["results"] if row["D"] == 1024 and row["B"] * row["T"] == 32768]
+    times = sorted({row["T"] for row in rows})
+    found = {(row["name"], row["T"]): row for row in rows}
+    table = [
+        [
+            name.replace("long_conv", "ours,").replace("rfft", "rfft,"),
+            *(f"{found[name, T]['forward_ms'][0]:.2f} / {found[name, T]['forward_backward_ms'][0]:.2f}" for T in times),
+        ]
+        for name in dict.fromkeys(row["name"] for row in rows)
+    ]
+    return markdown(["ms forward / forward + backward", *(f"T = {T:,}" for T in times)], table)
+
+
+if __name__ == "__main__":
+    print(linear_attention(), long_conv(), sep="\n\n")
