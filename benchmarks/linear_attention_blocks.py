@@ -29,7 +29,7 @@ def candidates(width: int, kernel: str) -> list[Blocks]:
     """What is worth a try: chunks of 64, full or half columns, and the stages that fit."""
     columns = sorted({width, max(width // 2, 32)})
     warps = (4,) if width <= 64 else (4, 8)
-    stages = (2, 3) if width <= 128 else (1, 2)
+    stages: tuple[int, ...] = (2, 3) if width <= 128 else (1, 2)
     if kernel in ("gather", "read"):
         stages = (2, 3, 4)
     return [Blocks(64, x, w, s) for x in columns for w in warps for s in stages]
@@ -39,7 +39,8 @@ def problem(time: int, heads: int, width: int, decay: str) -> tuple[Tensor, ...]
     g = torch.Generator("cuda").manual_seed(0)
     batch = TOKENS // time
     q, k, v, do = (torch.randn(batch, time, heads, width, device="cuda", generator=g).bfloat16() for _ in range(4))
-    log_decay = -0.1 * torch.rand((batch, time, heads) if decay == "token" else (heads,), device="cuda", generator=g)
+    shape = [batch, time, heads] if decay == "token" else [heads]
+    log_decay = -0.1 * torch.rand(shape, device="cuda", generator=g)
     return q, k, v, do, log_decay
 
 

@@ -1,6 +1,7 @@
 """Linear attention, causal with or without decay and bidirectional: `linear_attention` and `linear_attention_step`.
 
-The formula stands in `reference.py`.
+`reference.py` is the definition, `triton.py` and `triton_bidirectional.py` the kernels (with the two-level scheme and
+what is computed again), `launch.py` and `configs.py` how they are launched, `ops.py` what torch sees of them.
 """
 
 from __future__ import annotations

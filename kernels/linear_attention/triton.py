@@ -15,8 +15,12 @@ Forward it is (a, b, c) = (q, k, v). The gradients are the same sum with other o
 
 so one body serves all four; the backward pass runs the three gradients as three roles of one launch, which read their
 common inputs through the L2 cache. Nothing but inputs, outputs and one state per segment is kept for it: the scores
-and the states inside a segment are computed again. Without decay dq, too, goes against time, beside dk and dv, taking
-the state apart again (S_before = S_after - b^T c), so that all three roles read the same tokens at the same time.
+and the states inside a segment are computed again. Without decay dq, too, goes against time, so that all three roles
+read the same tokens at the same time: it starts from the state at the segment's end and takes it apart again,
+dO_t S_t^T = dO_t S_end^T - sum_{s > t} (dO_t . v_s) k_s, a walk like the others with a sign and y = x left out.
+
+No product takes a computed tile transposed: every role computes its scores the way round that it needs them. Triton 3.4
+to 3.7.0 compiles such products wrongly on Hopper (flash-linear-attention, issue 640), where they come from registers.
 
 Where sequences are too few to fill the card, each is cut into segments and there are two levels:
 
@@ -25,8 +29,8 @@ Where sequences are too few to fill the card, each is cut into segments and ther
     walk:    every segment from its start state                   (all segments in parallel)
 
 Decay: `g` is the running sum of log_decay (in base 2) from the start of a chunk, so w(x, y) = exp2(g_x - g_y); only
-differences at or below 0 are ever used. Loads and stores go through tensor descriptors, which clip at a
-segment's end. Every offset that can pass 2^31 elements is int64.
+differences at or below 0 are ever used. Loads and stores go through tensor descriptors, which clip at a segment's end.
+Every offset that can pass 2^31 elements is int64.
 """
 
 import triton

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step, reference
+from chela_plugin.kernels.linear_attention import configs, linear_attention, linear_attention_step, reference
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="these are about plain PyTorch")
 
@@ -178,6 +178,28 @@ def test_any_shape(batch, time, heads, K, V, decay, strength):
     o, final = linear_attention(q, k, v, log_decay, initial_state=state, output_final_state=True)
     torch.testing.assert_close(o, wanted, **EXACT)
     torch.testing.assert_close(final, wanted_state, **EXACT)
+
+
+def test_the_table_has_blocks_for_every_call():
+    for decay in (False, True):
+        for width in (1, 16, 33, 64, 100, 128, 256):
+            for pairs in (1, 127, 128, 10_000):
+                for size in (2, 4):
+                    for kernel in ("forward", "backward", "gather"):
+                        assert configs.blocks_for(kernel, width, 16, size, decay, pairs).chunk >= 16
+                    for kernel in ("bidirectional", "read"):
+                        assert configs.blocks_for(kernel, 16, width, size, False).chunk >= 16
+
+
+def test_segments_cover_the_sequence_and_only_long_ones_are_cut():
+    for time in (1, 2047, 2048, 5000, 1_048_576):
+        for heads in (1, 16, 96):
+            for size in (
+                configs.segment_size(1, heads, time, 1),
+                configs.bidirectional_segment_size(1, heads, time, 64),
+            ):
+                assert size == time or (time >= 2048 and size >= 1024 and size % 256 == 0)
+                assert -(-time // size) * heads <= 2 * configs.TARGET_PROGRAMS
 
 
 def bad(name, message, **changes):
