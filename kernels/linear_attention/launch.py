@@ -115,11 +115,9 @@ def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Deca
     batch, time, heads = log_decay.shape
     stride = (_blocks(batch * time, chunk) + plan.segments) * chunk
     g = torch.empty(heads, stride, dtype=torch.float32, device=q.device)
-    grid = (plan.segments, _blocks(plan.size, chunk))
-    kernels.cumulative_decay[grid](
+    kernels.cumulative_decay[(plan.segments * _blocks(plan.size, chunk),)](
         log_decay, g, _or(plan.cuts, q), time, heads, plan.size, plan.per_row, *log_decay.stride(), stride,
-        VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, width_block(heads)),
-        num_warps=4,
+        VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, width_block(heads)), num_warps=4,
     )  # fmt: skip
     return Decay(DECAY_PER_TOKEN, log_decay, g, stride)
 
@@ -157,9 +155,8 @@ def causal_forward(
         q, k, v, o, decay.log_decay, decay.g, decay.stride, _or(carry, q), _or(ends, q), _or(plan.cuts, q), scale,
         time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=decay.kind, CARRY=carry is not None,
-        END=ends is not None,
-        VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages,
-        num_warps=blocks.warps,
+        END=ends is not None, VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype),
+        STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     return o, final, saved
 

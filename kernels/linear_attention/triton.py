@@ -110,9 +110,10 @@ def cumulative_decay(log_decay, g, cuts, T, H, SEG, SEGMENTS, stride_b, stride_t
     """`g[h, :]`: running sums of log_decay in base 2 from the start of each chunk; constant past the segment's end.
 
     A program is a chunk."""
-    p = tl.program_id(0)
+    chunks = tl.cdiv(SEG, BT)
+    p = tl.program_id(0) // chunks
     row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
-    t0 = tl.program_id(1) * BT
+    t0 = tl.program_id(0) % chunks * BT
     if t0 >= n:
         return
     t = t0 + tl.arange(0, BT)
