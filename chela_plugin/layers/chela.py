@@ -12,7 +12,6 @@ Dim suffixes: B batch, T tokens, D channels, H heads, K key width, V value width
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -25,15 +24,10 @@ from chela_plugin.kernels.linear_attention import linear_attention, linear_atten
 from .initial import reset_projections
 from .long_kernel import decay_init, no_weight_decay, precise
 from .mixer import Cache, Mixer
+from .plain import on_grid, plain_conv, with_weights_of
 from .short_long_conv import ShortLongConv
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "identity": lambda x: x,
-    "elu1": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "l2": lambda x: F.normalize(x, dim=-1),
-}
+FEATURE_MAPS = ("silu", "identity", "elu1", "relu", "l2")
 DECAYS = ("data", "none", "fixed", "learned")
 
 
@@ -104,8 +98,7 @@ class Chela(Mixer):
         heads = num_heads or (dim // head_dim if head_dim else default_heads(dim))
         if dim % heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {heads}")
-        self.num_heads, self.decay, self.phi, self.qk_from = heads, decay, FEATURE_MAPS[phi], qk_from
-        self.phi_name = phi
+        self.num_heads, self.decay, self.phi, self.qk_from = heads, decay, phi, qk_from
         self.depth = depth
         self.uses_grid = dims == 2
         self.conv = ShortLongConv(
@@ -176,8 +169,8 @@ class Chela(Mixer):
             x = x * mask[..., None]  # v is then 0 there too: SiLU(0 Wv) = 0
         z = F.silu(self.conv(x, mask=mask, cache=cache, grid=grid))
         seen = z if self.qk_from == "z" else x
-        q = self.phi(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)))
-        k = self.phi(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)))
+        q = feature_map(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
+        k = feature_map(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
         return self.joined(self.attend(q, k, v, self.log_decay(x, mask), cache), v, z, x)
 
@@ -220,14 +213,56 @@ class Chela(Mixer):
         self.conv.reparameterize()
         return self
 
-    def plain(self) -> nn.Module:
-        """The same weights in a form that TorchScript compiles (`plain.py`); two-sided mixers only."""
-        from .plain import plain_chela
-
-        return plain_chela(self)
+    def plain(self) -> PlainChela:
+        """The same weights in a form that TorchScript compiles; ValueError for a causal mixer."""
+        twin = with_weights_of(self, PlainChela)
+        twin._modules["conv"] = plain_conv(self.conv)
+        return twin
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, decay={self.decay}"
+
+
+class PlainChela(Chela):
+    """The same for TorchScript and ONNX (`plain.py`): two-sided, on a grid, or on a sequence with `dims=1`."""
+
+    __constants__ = ("key_dim", "num_heads", "phi", "qk_from", "uses_grid", "value_dim")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self
+
+    def path(self, device: torch.device | str) -> str:
+        return "torch"
+
+    # Fewer arguments than its base on purpose, and TorchScript reads any text behind `type: ignore` as a type.
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
+        """`[B, T, D]` to `[B, T, D]`."""
+        z = F.silu(self.conv(on_grid(x, grid, self.uses_grid)).flatten(2).transpose(1, 2))
+        seen = z if self.qk_from == "z" else x
+        heads = [self.num_heads, self.key_dim]
+        q = feature_map(self.q(seen).unflatten(-1, heads), self.phi).transpose(1, 2)  # [B, H, T, K]
+        k = feature_map(self.k(seen).unflatten(-1, heads), self.phi).transpose(1, 2)
+        v = F.silu(self.v(x)).unflatten(-1, [self.num_heads, self.value_dim])
+        o = precise(q) @ (precise(k).transpose(-1, -2) @ precise(v).transpose(1, 2)) * self.key_dim**-0.5
+        return self.joined(o.transpose(1, 2).to(x.dtype), v, z, x)
+
+    def rms_norm(self, o: Tensor) -> Tensor:
+        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks it.
+        wide = precise(o)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
+
+
+def feature_map(x: Tensor, phi: str) -> Tensor:
+    """phi of q or k, one of FEATURE_MAPS. By name, not by function: TorchScript and pickle take it."""
+    if phi == "silu":
+        return F.silu(x)
+    if phi == "elu1":
+        return F.elu(x) + 1
+    if phi == "relu":
+        return F.relu(x)
+    if phi == "l2":
+        return F.normalize(x, dim=-1)
+    return x
 
 
 def default_heads(dim: int) -> int:

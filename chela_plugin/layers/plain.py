@@ -1,8 +1,9 @@
-"""Plain forms of the convolution and the mixer: what TorchScript compiles and every ONNX exporter knows.
+"""Plain forms: what TorchScript compiles and every ONNX exporter knows; here the convolution's, and what mixers' share.
 
-Same weights and same functions as `ShortLongConv` and `Chela`, two-sided only, without caches and masks, in real
-arithmetic: no FFT, no operator of ours. The long kernels are depthwise convolutions here, O(T) taps a token, which for
-the rows and columns of an image is little. Branches run one by one as in the definition; `reparameterize()` folds them.
+Same weights and same function as `ShortLongConv`, two-sided only, without caches and masks, in real arithmetic: no FFT,
+no operator of ours. The long kernels are depthwise convolutions here, O(T) taps a token, which for the rows and columns
+of an image is little. Branches run one by one as in the definition; `reparameterize()` folds them. Each mixer's plain
+form stands beside the mixer (`chela.PlainChela`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .chela import Chela
-from .long_kernel import precise
 from .short_long_conv import ShortLongConv
 
 Form = TypeVar("Form", bound=nn.Module)
@@ -95,35 +94,6 @@ def correlate(image: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(image, weight.unsqueeze(1).to(image.dtype), None, [1, 1], padding, [1, 1], image.shape[1])
 
 
-class PlainChela(Chela):
-    """`Chela` on a grid, or on a sequence with `dims=1`."""
-
-    __constants__ = ("key_dim", "num_heads", "phi_name", "qk_from", "uses_grid", "value_dim")
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return self
-
-    def path(self, device: torch.device | str) -> str:
-        return "torch"
-
-    # As in PlainConv.
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
-        """`[B, T, D]` to `[B, T, D]`."""
-        z = F.silu(self.conv(on_grid(x, grid, self.uses_grid)).flatten(2).transpose(1, 2))
-        seen = z if self.qk_from == "z" else x
-        heads = [self.num_heads, self.key_dim]
-        q = feature_map(self.q(seen).unflatten(-1, heads), self.phi_name).transpose(1, 2)  # [B, H, T, K]
-        k = feature_map(self.k(seen).unflatten(-1, heads), self.phi_name).transpose(1, 2)
-        v = F.silu(self.v(x)).unflatten(-1, [self.num_heads, self.value_dim])
-        o = precise(q) @ (precise(k).transpose(-1, -2) @ precise(v).transpose(1, 2)) * self.key_dim**-0.5
-        return self.joined(o.transpose(1, 2).to(x.dtype), v, z, x)
-
-    def rms_norm(self, o: Tensor) -> Tensor:
-        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks it.
-        wide = precise(o)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
-
-
 def on_grid(x: Tensor, grid: tuple[int, int] | None, uses_grid: bool) -> Tensor:
     """Tokens `[B, T, D]` as an image `[B, D, h, w]`; without a grid, of one row."""
     if grid is None:
@@ -133,28 +103,8 @@ def on_grid(x: Tensor, grid: tuple[int, int] | None, uses_grid: bool) -> Tensor:
     return x.transpose(1, 2).unflatten(2, [grid[0], grid[1]])
 
 
-def feature_map(x: Tensor, name: str) -> Tensor:
-    """`chela.FEATURE_MAPS`, spelled for TorchScript."""
-    if name == "silu":
-        return F.silu(x)
-    if name == "elu1":
-        return F.elu(x) + 1
-    if name == "relu":
-        return F.relu(x)
-    if name == "l2":
-        return F.normalize(x, dim=-1)
-    return x
-
-
 def plain_conv(conv: ShortLongConv) -> PlainConv:
     """Raises ValueError for a causal convolution: language models are not deployed this way."""
     if conv.causal:
         raise ValueError("a causal short-long convolution has no plain form; torch.export takes it as it is")
     return with_weights_of(conv, PlainConv)
-
-
-def plain_chela(mixer: Chela) -> PlainChela:
-    """As `plain_conv`."""
-    plain = with_weights_of(mixer, PlainChela)
-    plain._modules["conv"] = plain_conv(mixer.conv)
-    return plain

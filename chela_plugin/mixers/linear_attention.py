@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chela_plugin.kernels import linear_attention as kernel
-from chela_plugin.layers.chela import FEATURE_MAPS, fixed_log_decay
+from chela_plugin.layers.chela import feature_map, fixed_log_decay
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
@@ -45,8 +45,8 @@ class LinearAttention(Mixer):
                 f"linear_attention: norm=sum divides by the sum of scores, which phi={phi} may make zero; "
                 f"use norm=rms, or phi={' or phi='.join(POSITIVE)}"
             )
-        self.num_heads, self.head_dim, self.norm, self.depth = num_heads, dim // num_heads, norm, depth
-        self.phi = FEATURE_MAPS[phi]
+        self.num_heads, self.head_dim, self.depth = num_heads, dim // num_heads, depth
+        self.phi, self.norm = phi, norm
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -66,7 +66,7 @@ class LinearAttention(Mixer):
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         heads = (3, self.num_heads, self.head_dim)
         q, k, v = self.qkv(x).unflatten(-1, heads).unbind(2)
-        q, k = self.phi(q), self.phi(k)
+        q, k = feature_map(q, self.phi), feature_map(k, self.phi)
         if mask is not None:
             k = k.masked_fill(~mask[..., None, None], 0.0)
         if self.norm == "rms":

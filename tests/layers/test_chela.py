@@ -1,6 +1,7 @@
 """The CHELA mixer: three exact forms, causality, masks, packing, folding, parameters, options."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ from chela_plugin.layers import Chela
 from chela_plugin.layers.long_kernel import LONG_KERNELS
 
 GENERATORS = [*LONG_KERNELS, "none"]
+PHI = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "identity": lambda x: x,
+    "elu1": lambda x: torch.where(x > 0, x + 1, x.exp()),
+    "relu": lambda x: x.clamp(min=0),
+    "l2": lambda x: x / x.norm(dim=-1, keepdim=True),
+}
 VARIANTS = [
     {},
     {"decay": "none", "phi": "elu1"},
@@ -29,7 +37,7 @@ def by_the_formula(mixer, x):
     z = F.silu(mixer.conv(x))
     seen = z if mixer.qk_from == "z" else x
     heads = (mixer.num_heads, -1)
-    q, k = (mixer.phi(layer(seen).unflatten(-1, heads)) for layer in (mixer.q, mixer.k))
+    q, k = (PHI[mixer.phi](layer(seen).unflatten(-1, heads)) for layer in (mixer.q, mixer.k))
     v = F.silu(mixer.v(x)).unflatten(-1, heads)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * mixer.key_dim**-0.5
     tokens = x.shape[1]
@@ -138,6 +146,12 @@ def test_reparameterize_changes_nothing_but_the_parameters(options):
     merged = copy.deepcopy(mixer).reparameterize()
     # fp32, as the design promises.
     torch.testing.assert_close(merged(x, grid=grid), mixer(x, grid=grid), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("phi", PHI)
+def test_a_whole_mixer_can_be_pickled(phi):
+    mixer, x = build(phi=phi), torch.randn(1, 9, 24, dtype=torch.float64)
+    assert torch.equal(pickle.loads(pickle.dumps(mixer))(x), mixer(x))
 
 
 @pytest.mark.parametrize("dim", [192, 384, 768, 1024])
