@@ -5,26 +5,23 @@
 Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
 time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
 CUDA-event times of whole calls through autograd. The floor is the fewest bytes (inputs read once, outputs written once;
-the backward pass reads x, dy and taps and writes all gradients) over 3.0 TB/s, what a copy reaches on the H100.
+the backward pass reads x, dy and taps and writes all gradients) over the bandwidth in timing.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
+from timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
 from torch import Tensor
 
 from chela_plugin.kernels.long_conv import configs, long_conv
 
-BANDWIDTH = 3.0e12
 TOKENS = 32768
 CASES = [  # (B, T, D)
     *((TOKENS // t, t, 1024) for t in (1024, 2048, 4096, 8192, 16384, 32768)),
@@ -85,41 +82,6 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted).norm() / wanted.norm())
 
 
-def event_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run, one after the other in every round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-        run()
-    for _ in range(rounds):
-        pairs = {}
-        for name, run in runs.items():
-            pairs[name] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            torch.cuda._sleep(6_000_000)  # 3 ms: the host runs ahead, so that launches are not what is timed
-            pairs[name][0].record()
-            run()
-            pairs[name][1].record()
-        torch.cuda.synchronize()
-        for name, (start, end) in pairs.items():
-            times[name].append(start.elapsed_time(end))
-    return times
-
-
-def quantiles(times: list[float]) -> list[float]:
-    """Median, 20 % and 80 %."""
-    ordered = sorted(times)
-    return [round(ordered[int(q * (len(ordered) - 1))], 4) for q in (0.5, 0.2, 0.8)]
-
-
-def peak_over_inputs(run: Callable[[], object]) -> float:
-    """Most memory in use above what there was before, MiB."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
 def floor_ms(batch: int, tokens: int, channels: int) -> tuple[float, float]:
     """Forward, and forward with backward."""
     activations, taps = batch * tokens * channels * 2, channels * tokens * 4
@@ -172,11 +134,6 @@ def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[st
     return rows
 
 
-def revision() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -184,14 +141,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
     parser.add_argument("--revision", default=None, help="of the code, where there is no git repository")
     args = parser.parse_args()
-    record: dict[str, object] = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "revision": args.revision or revision(),
-        "bandwidth": BANDWIDTH,
-        "rounds": args.rounds,
-        "results": [],
-    }
+    record: dict[str, object] = conditions(args.revision)
+    record |= {"bandwidth": BANDWIDTH, "rounds": args.rounds, "results": []}
     rows: list[dict[str, object]] = []
     for case in CASES[: args.cases]:
         for row in measure(*case, args.rounds):

@@ -1,4 +1,4 @@
-"""README's speed tables, written from the JSON under `results/`: python benchmarks/tables.py. A test compares the two."""
+"""README's speed tables, from the JSON under `results/`: `python benchmarks/tables.py`. A test compares the two."""
 
 from __future__ import annotations
 
