@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
-from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
+from chela_plugin.kernels.linear_attention import MAX_WIDTH, linear_attention, linear_attention_step
 
 from .initial import reset_projections
 from .long_kernel import decay_init, no_weight_decay, precise
@@ -54,7 +54,8 @@ class Chela(Mixer):
         layer_idx: accepted because every mixer factory takes it; all layers are alike here.
 
     Raises:
-        ValueError: dim not divisible by num_heads, or options that contradict each other.
+        ValueError: dim not divisible by num_heads, heads wider than the kernels take (256), or options that contradict
+            each other.
     """
 
     def __init__(
@@ -93,6 +94,9 @@ class Chela(Mixer):
             )
         if not causal and decay != "none":
             raise ValueError(f"decay={decay} runs forward in time; a two-sided chela (causal=False) takes decay=none")
+        for name, number in (("num_heads", num_heads), ("head_dim", head_dim), ("key_dim", key_dim)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if num_heads is None and head_dim is not None and dim % head_dim:
             raise ValueError(f"dim {dim} is not divisible by head_dim {head_dim}; give num_heads too, or another width")
         heads = num_heads or (dim // head_dim if head_dim else default_heads(dim))
@@ -127,6 +131,11 @@ class Chela(Mixer):
             self.log_rate = no_weight_decay(nn.Parameter(torch.empty(heads, **factory)))
         spent = sum(p.numel() for p in self.parameters())
         self.key_dim = key_dim or default_key_dim(dim, heads, spent)
+        if max(self.key_dim, self.value_dim) > MAX_WIDTH:
+            raise ValueError(
+                f"heads are at most {MAX_WIDTH} wide, here key_dim is {self.key_dim} and head_dim {self.value_dim}; "
+                "use more, narrower heads"
+            )
         self.q = nn.Linear(dim, heads * self.key_dim, bias=False, **factory)
         self.k = nn.Linear(dim, heads * self.key_dim, bias=False, **factory)
         self.reset_parameters()

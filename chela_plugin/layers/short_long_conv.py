@@ -97,6 +97,8 @@ class ShortLongConv(nn.Module):
             )
         if not causal and any(k % 2 == 0 for k in short):
             raise ValueError(f"two-sided short kernels have an odd number of taps, got {tuple(short)}")
+        if group_size < 1 or max_len < 1:
+            raise ValueError(f"group_size and max_len are at least 1, got {group_size} and {max_len}")
         factory = {"device": device, "dtype": dtype}
         self.dim, self.causal, self.dims, self.norm = dim, causal, dims, norm
         self.short, self.long, self.long_gain = tuple(short), long, long_gain

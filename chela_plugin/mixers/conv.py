@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -44,6 +45,8 @@ class Conv(Mixer):
     ):
         super().__init__(dim, causal=causal)
         factory = {"device": device, "dtype": dtype}
+        if not 0 < expand < math.inf:
+            raise ValueError(f"conv: expand must be above 0 and finite, got {expand}")
         self.depth = depth
         self.uses_grid = dims == 2
         inner = max(round(expand * dim / 8), 1) * 8

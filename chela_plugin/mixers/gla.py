@@ -13,7 +13,7 @@ from chela_plugin.kernels.gated_linear_attention import gated_linear_attention, 
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
-from chela_plugin.mixers.heads import divide, expanded, heads_at_least
+from chela_plugin.mixers.heads import check_head_widths, divide, expanded, fewest_heads, heads_at_least
 from chela_plugin.mixers.linear_attention import attend, empty_state
 from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
 
@@ -117,14 +117,20 @@ def gla(
     """Gated linear attention (GLA, arXiv:2312.06635), about 4 C^2 parameters; causal.
 
     Args:
-        num_heads: by default the paper's 4, fewer where a head's keys would be narrower than 64.
+        num_heads: by default the paper's 4, fewer where a head's keys would be narrower than 64; with decay=head more
+            where heads would be wider than that kernel takes (256).
         expand_k, expand_v: key and value channels over `dim`; the paper's 1/2 and 1.
         decay: 'channel', the paper's; 'head', one scalar a head.
     """
     keys, values = expanded("gla", dim, expand_k, "expand_k"), expanded("gla", dim, expand_v, "expand_v")
-    heads = heads_at_least(keys, 64, most=4) if num_heads is None else num_heads
+    heads = num_heads
+    if heads is None:
+        heads = heads_at_least(keys, 64, most=4)
+        heads = fewest_heads(heads, keys, values) if decay == "head" else heads
     divide("gla", keys, heads, None, ())
     divide("gla", values, heads, None, ())
+    if decay == "head":
+        check_head_widths("gla(decay=head)", keys // heads, values // heads)
     return GatedLinearAttention(
         dim,
         causal=causal,

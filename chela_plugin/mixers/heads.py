@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chela_plugin.kernels.linear_attention import MAX_WIDTH
+
 
 def divide(mixer: str, width: int, num_heads: int | None, head_dim: int | None, widths: Sequence[int]) -> int:
     """Number of heads for `width` channels.
@@ -38,6 +40,18 @@ def divide(mixer: str, width: int, num_heads: int | None, head_dim: int | None, 
 def heads_at_least(width: int, narrowest: int, most: int) -> int:
     """The most heads, up to `most`, that divide `width` into parts at least `narrowest` wide (else 1)."""
     return max([n for n in range(1, most + 1) if width % n == 0 and width // n >= narrowest], default=1)
+
+
+def fewest_heads(least: int, *widths: int) -> int:
+    """The fewest heads, from `least` on, that every width allows (`check_head_widths`); `least` if none are."""
+    fits = (n for n in range(least, min(widths) + 1) if all(w % n == 0 and w // n <= MAX_WIDTH for w in widths))
+    return next(fits, least)
+
+
+def check_head_widths(mixer: str, *widths: int) -> None:
+    """Raise ValueError for heads wider than linear attention's kernels take."""
+    if max(widths) > MAX_WIDTH:
+        raise ValueError(f"{mixer}: heads are at most {MAX_WIDTH} wide, here {max(widths)}; use more, narrower heads")
 
 
 def expanded(mixer: str, dim: int, factor: float, option: str) -> int:

@@ -12,7 +12,7 @@ from chela_plugin.layers.chela import feature_map, fixed_log_decay
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
-from chela_plugin.mixers.heads import divide, expanded
+from chela_plugin.mixers.heads import check_head_widths, divide, expanded, fewest_heads
 from chela_plugin.mixers.recurrent import RecurrentMixer, real_tokens
 from chela_plugin.mixers.rope import rotate
 
@@ -204,6 +204,7 @@ def linear_attention(
     """
     widths = (64, 32, 16, 8) if dim >= 128 else (32, 16, 8)
     heads = divide("linear_attention", dim, num_heads, head_dim, widths)
+    check_head_widths("linear_attention", dim // heads)
     return LinearAttention(
         dim, causal=causal, num_heads=heads, phi=phi, norm=norm, depth=depth, device=device, dtype=dtype
     )
@@ -224,17 +225,19 @@ def retnet(
     """Multi-scale retention (RetNet, arXiv:2307.08621); causal.
 
     Args:
-        num_heads: one decay each; by default 4, or as many of 3, 2, 1 as divide the width.
+        num_heads: one decay each; by default 4, or as many of 3, 2, 1 as divide the width, and more where heads would
+            be wider than the kernels take (256).
         expand_k, expand_v: key and value channels over `dim`. The defaults make 4 C^2 parameters, as GLA's paper
             (arXiv:2312.06635, section 4.4) sizes its layers; RetNet's own layer is 1 and 2, 8 C^2.
     """
     keys, values = expanded("retnet", dim, expand_k, "expand_k"), expanded("retnet", dim, expand_v, "expand_v")
     fitting = [n for n in (4, 3, 2, 1) if keys % (2 * n) == 0 and values % n == 0]
-    heads = (fitting[0] if fitting else 1) if num_heads is None else num_heads
+    heads = fewest_heads(fitting[0] if fitting else 1, keys // 2, keys, values) if num_heads is None else num_heads
     divide("retnet", keys, heads, None, ())
     divide("retnet", values, heads, None, ())
     if keys // heads % 2:
         raise ValueError(f"retnet turns pairs of key channels; {keys} / {heads} heads leaves an odd {keys // heads}")
+    check_head_widths("retnet", keys // heads, values // heads)
     return RetNet(
         dim,
         causal=causal,

@@ -14,7 +14,7 @@ from chela_plugin.layers.initial import log_uniform_step_bias
 from chela_plugin.layers.long_kernel import no_weight_decay
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
-from chela_plugin.mixers.heads import divide, expanded
+from chela_plugin.mixers.heads import check_head_widths, divide, expanded
 from chela_plugin.mixers.linear_attention import attend, empty_state
 from chela_plugin.mixers.recurrent import RecurrentMixer
 
@@ -122,6 +122,7 @@ def mamba2(
     """
     inner = expanded("mamba2", dim, expand, "expand")
     heads = divide("mamba2", inner, None, head_dim, (64, 32, 16, 8))
+    check_head_widths("mamba2", inner // heads)
     if not 1 <= d_state <= kernel.MAX_WIDTH:
         raise ValueError(f"mamba2: d_state must be 1 to {kernel.MAX_WIDTH}, got {d_state}")
     if num_groups < 1 or heads % num_groups:

@@ -182,6 +182,13 @@ def test_bf16_runs_forward_and_backward():
     [
         ({"num_heads": 5}, "24 is not divisible by num_heads 5"),
         ({"head_dim": 7}, "24 is not divisible by head_dim 7"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"num_heads": -1}, "num_heads must be at least 1"),
+        ({"head_dim": 0}, "head_dim must be at least 1"),
+        ({"key_dim": -2}, "key_dim must be at least 1"),
+        ({"key_dim": 300}, "at most 256 wide, here key_dim is 300"),
+        ({"dim": 512, "num_heads": 1}, "at most 256 wide, .* head_dim 512"),
+        ({"group_size": 0}, "group_size and max_len are at least 1, got 0"),
         ({"causal": False, "decay": "data"}, "decay=none"),
         ({"phi": "cosine"}, "silu, identity"),
         ({"dims": 2}, "no causal form"),

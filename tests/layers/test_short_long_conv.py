@@ -17,7 +17,7 @@ PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 
 def build(dtype=torch.float64, dim=8, **options):
     torch.manual_seed(0)
-    conv = ShortLongConv(dim, group_size=4, max_len=30, dtype=dtype, **options)
+    conv = ShortLongConv(dim, dtype=dtype, **{"group_size": 4, "max_len": 30, **options})
     if conv.norm == "batch":  # statistics as after some training
         for norm in conv.norms:
             norm.running_mean.normal_()
@@ -156,6 +156,8 @@ def test_every_parameter_gets_a_gradient():
         ({"causal": True, "short": (), "long": "none"}, "at least one branch"),
         ({"causal": True, "long": "fourier"}, "multiscale"),
         ({"causal": True, "norm": "layer"}, "'scale' or 'batch'"),
+        ({"causal": True, "group_size": 0}, "at least 1, got 0 and 30"),
+        ({"causal": True, "max_len": 0}, "at least 1, got 4 and 0"),
     ],
 )
 def test_bad_options_are_one_clear_error(options, message):

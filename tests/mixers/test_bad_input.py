@@ -41,6 +41,12 @@ def test_a_recurrent_mixer_sends_a_bidirectional_host_to_bidirectional(name):
         ("mamba2(head_dim=48)", 64, "128 channels are not divisible by head_dim=48"),
         ("mamba2(d_state=300)", 64, "d_state must be 1 to 256"),
         ("mamba2(num_groups=3)", 64, "num_groups=3 must divide the 2 heads"),
+        ("mamba2(head_dim=512)", 512, "mamba2: heads are at most 256 wide, here 512"),
+        ("linear_attention(num_heads=1)", 512, "linear_attention: heads are at most 256 wide, here 512"),
+        ("retnet(num_heads=1)", 512, "retnet: heads are at most 256 wide, here 512"),
+        ("gla(num_heads=1, decay=head)", 512, r"gla\(decay=head\): heads are at most 256 wide, here 512"),
+        ("conv(expand=0)", 64, "expand must be above 0"),
+        ("conv(expand=-1.0)", 64, "expand must be above 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(spec, dim, message):
@@ -49,9 +55,20 @@ def test_sizes_that_do_not_fit_are_refused(spec, dim, message):
 
 
 def test_default_sizes_fit_common_widths():
-    for dim in (16, 48, 64, 96, 128, 192, 320, 384, 512, 768, 1024):
-        for name in ("attention", "linear_attention", "retnet", "gla", "gated_deltanet", "mamba", "mamba2"):
+    for dim in (16, 48, 64, 96, 128, 192, 320, 384, 512, 768, 1024, 2048, 2304, 5120):
+        for name in (
+            "attention",
+            "linear_attention",
+            "retnet",
+            "gla",
+            "gated_deltanet",
+            "mamba",
+            "mamba2",
+            "conv",
+            "chela",
+        ):
             create_mixer(name, dim, causal=True, device="meta")
+        create_mixer("gla(decay=head)", dim, causal=True, device="meta")
 
 
 def test_wrong_calls_are_refused():
@@ -73,7 +90,7 @@ def test_wrong_calls_are_refused():
 def test_importing_every_mixer_imports_no_optional_package():
     code = """
 import importlib, sys
-for name in "attention bidirectional fla gated_deltanet gla identity linear_attention mamba mamba2".split():
+for name in "attention bidirectional conv fla gated_deltanet gla identity linear_attention mamba mamba2".split():
     importlib.import_module(f"chela_plugin.mixers.{name}")
 print([each for each in ("fla", "transformers", "timm", "mamba_ssm", "lightning") if each in sys.modules])
 """
