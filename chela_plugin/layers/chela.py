@@ -159,16 +159,15 @@ class Chela(Mixer):
         elif self.decay == "learned":
             self.log_rate.copy_(fixed_log_decay(self.num_heads, device=self.log_rate.device).neg().log())
 
-    def log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """`[B, T, H]`, `[H]` or None; at most 0, in fp32 at least; 0 where the mask hides a token."""
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """`[B, T, H]`, `[H]` or None; at most 0, in fp32 at least."""
         if self.decay == "none":
             return None
         if self.decay == "fixed":
             return fixed_log_decay(self.num_heads, device=x.device).to(precise(x[:0]).dtype)
         if self.decay == "learned":
             return -precise(self.log_rate).exp()
-        log_decay = -F.softplus(precise(self.dt(x)))
-        return log_decay if mask is None else log_decay * mask[..., None]
+        return -F.softplus(precise(self.dt(x)))
 
     def path(self, device: torch.device | str) -> str:
         return backend(device, self.proj.weight.dtype)
@@ -181,7 +180,7 @@ class Chela(Mixer):
         q = feature_map(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         k = feature_map(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
-        return self.joined(self.attend(q, k, v, self.log_decay(x, mask), cache), v, z, x)
+        return self.joined(self.attend(q, k, v, self.log_decay(x), mask, cache), v, z, x)
 
     def joined(self, o: Tensor, v: Tensor, z: Tensor, x: Tensor) -> Tensor:
         """What follows the attention: skip, norm, gate, output projection, update gate. o, v `[B, T, H, V]`."""
@@ -199,15 +198,19 @@ class Chela(Mixer):
     def rms_norm(self, o: Tensor) -> Tensor:
         return F.rms_norm(o, [self.value_dim], eps=1e-5)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cache: Cache | None) -> Tensor:
-        if cache is None:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        if cache is None:  # padding has v = 0, and decays nothing that a real token sees
             return linear_attention(q, k, v, log_decay, causal=self.causal)[0]
         if q.shape[1] == 1:
             if log_decay is not None and log_decay.dim() == 3:
                 log_decay = log_decay[:, 0]
             o, cache["state"] = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay)
             return o[:, None]
-        o, cache["state"] = linear_attention(q, k, v, log_decay, initial_state=cache["state"], output_final_state=True)
+        o, cache["state"] = linear_attention(
+            q, k, v, log_decay, initial_state=cache["state"], output_final_state=True, mask=mask
+        )
         return o
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:

@@ -106,6 +106,8 @@ class Mixer(nn.Module):
                 raise ValueError(
                     f"{name}: rows that go into a cache are padded on the left, or the cache ends in padding"
                 )
+            if cache is not None and x.shape[1] == 1:
+                mask = None  # one token at the end of a row is no padding: a step, as in `step`
         return self.mix(x, mask=mask, cache=cache, grid=grid)
 
 

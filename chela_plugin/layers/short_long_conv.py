@@ -225,7 +225,7 @@ class ShortLongConv(nn.Module):
         if self.dims == 2 and grid is None:
             raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")
         if cache is not None:
-            return self.continued(x, cache)
+            return self.continued(x, mask, cache)
         if self.norm == "batch" and not self.folded and self.training:
             branches = [self.branch(i, x, grid) for i in range(len(self.branch_norms()))]
             return torch.stack([norm(y, mask) for norm, y in zip(self.branch_norms(), branches, strict=True)]).sum(0)
@@ -274,14 +274,21 @@ class ShortLongConv(nn.Module):
             )
         return cache
 
-    def continued(self, x: Tensor, cache: Cache) -> Tensor:
-        """The tokens of x after those in the cache; equal to the same rows of one long call."""
+    def continued(self, x: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        """The tokens of x after those in the cache; equal to the same rows of one long call.
+
+        Padding stands on the left of x and is zero: it goes before what the cache holds, so that real tokens stay
+        neighbours.
+        """
         if self.norm == "batch" and self.training and not self.folded:
             raise RuntimeError(
                 "a cache goes with eval mode: batch norms take statistics over all tokens while training"
             )
         tokens = x.shape[1]
         inputs = torch.cat([cache["conv_inputs"].to(x.dtype), x], dim=1)  # [B, seen + T, D]
+        if mask is not None:
+            real = F.pad(mask, (inputs.shape[1] - tokens, 0), value=True)
+            inputs = inputs.gather(1, real.to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(inputs))
         if not isinstance(self.long_kernel, ModalKernel):
             taps = self.folded_taps(inputs.shape[1])
             if self.long == "none":
@@ -299,8 +306,13 @@ class ShortLongConv(nn.Module):
         residues = modal.residues().repeat_interleave(self.group_size, dim=0)  # [D, modes]
         wide = precise(x)
         carried = torch.einsum("bdm,dm,dmt->btd", state, residues, powers[..., 1:]).real
+        decay = powers[..., -1]
+        if mask is not None:
+            age = mask.long().cumsum(1)  # [B, T]: real tokens of this call, up to and with t
+            carried = carried.gather(1, (age - 1).clamp(min=0)[..., None].expand_as(carried))
+            decay = powers[..., age[:, -1]].movedim(-1, 0)
         within = wide * self.long_taps(1)[0, :, 0] if tokens == 1 else long_conv(wide, self.long_taps(tokens)[0])
-        cache["conv_modes"] = state * powers[..., -1] + torch.einsum(
+        cache["conv_modes"] = state * decay + torch.einsum(
             "btd,dmt->bdm", wide.to(powers.dtype), powers[..., :-1].flip(-1)
         )
         return y + ((carried + within) * scale).to(x.dtype)

@@ -42,7 +42,7 @@ def by_the_formula(mixer, x):
     scores = torch.einsum("bthk,bshk->bhts", q, k) * mixer.key_dim**-0.5
     tokens = x.shape[1]
     if mixer.causal:
-        log_decay = mixer.log_decay(x, None)
+        log_decay = mixer.log_decay(x)
         log_decay = torch.zeros(mixer.num_heads, dtype=x.dtype) if log_decay is None else log_decay.to(x.dtype)
         g = log_decay.expand(x.shape[0], tokens, mixer.num_heads).cumsum(1).transpose(1, 2)  # [B, H, T]
         seen_before = torch.ones(tokens, tokens, dtype=torch.bool).tril()
@@ -128,6 +128,22 @@ def test_a_left_padded_prompt_leaves_the_same_cache_for_decoding():
     mixer(row, cache=alone)
     mixer(padded, attention_mask=mask, cache=beside)
     torch.testing.assert_close(mixer.step(after, beside), mixer.step(after, alone), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"long": name} for name in GENERATORS] + VARIANTS[1:])
+def test_rows_of_a_batch_may_go_on_by_different_numbers_of_tokens(options):
+    mixer = build(**options)
+    rows, cache = torch.randn(2, 20, 24, dtype=torch.float64), mixer.init_cache(2, dtype=torch.float64)
+    mixer(rows[:, :9], cache=cache)
+    new = rows[:, 9:15].clone()
+    new[1] = torch.cat([torch.randn(4, 24, dtype=torch.float64), rows[1, 9:11]])  # the second goes on by two
+    mask = torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
+    y = mixer(new, attention_mask=mask, cache=cache)
+    torch.testing.assert_close(y[:1], mixer(rows[:1, :15])[:, 9:], rtol=0, atol=1e-10)
+    torch.testing.assert_close(y[1:, 4:], mixer(rows[1:, :11])[:, 9:], rtol=0, atol=1e-10)
+    step = mixer.step(torch.stack([rows[0, 15], rows[1, 11]]), cache)
+    torch.testing.assert_close(step[:1], mixer(rows[:1, :16])[:, -1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(step[1:], mixer(rows[1:, :12])[:, -1], rtol=0, atol=1e-10)
 
 
 def test_packed_sequences_equal_each_alone():
