@@ -7,6 +7,7 @@ its reason and the others go on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def run_ablations(ablations: dict[str, Ablation], out: Path, console: Console, w
         steps = {name: ablation.training.steps for name, ablation in ablations.items()}
         events = _Events(results, display, steps)
         runner = lru_cache(None)(lambda name: CellRunner(ablations[name], results.path))
+        if pending:
+            _check_data(runner, results.records)
         workers = min(workers or default_workers(list(ablations.values())), len(pending))
         try:
             if workers > 1:
@@ -60,6 +63,8 @@ def run_ablations(ablations: dict[str, Ablation], out: Path, console: Console, w
             return stop.signal
         unread = []
         for run in _to_test(ablations, results.records):
+            if stop.signal is not None:
+                return stop.signal
             try:
                 results.append(runner(run["ablation"]).read_test(run))
             except ResultsError:
@@ -103,6 +108,14 @@ def _check(ablation: Ablation) -> None:
         need(package, "harness")
     if ablation.backbone.kind == "language":
         need("transformers", "lm")
+    else:
+        import timm
+
+        import chela_plugin.vision  # noqa: F401  # registers chela_vit_*, also where the autoload hook is switched off
+
+        name, known = ablation.backbone.model, timm.list_models("chela_vit*")
+        if name not in known:
+            raise ConfigError(f"backbone.model {name!r} is no chela_vit; choose one of {', '.join(known)}")
     if any(task.task == "digits" for task in ablation.tasks):
         need("sklearn", "harness")
     from chela_plugin.registry import MixerSpecError, MixerUnavailableError, parse_pattern
@@ -114,6 +127,21 @@ def _check(ablation: Ablation) -> None:
             continue  # recorded with its reason when its turn comes
         except MixerSpecError as error:
             raise ConfigError(f"mixers: {error}") from None
+
+
+def _check_data(runner: Callable[[str], CellRunner], records: list[Record]) -> None:
+    """Raise ResultsError where runs of earlier calls saw other data than those to come would.
+
+    A task reads an installed package (bytes: Python's own library; digits: scikit-learn), which may have changed since.
+    """
+    finished = {(r["ablation"], r["task"]): r for r in latest_runs(records) if r["status"] == "finished"}
+    for (ablation, task), run in finished.items():
+        for split, digest in run["data"].items():
+            if runner(ablation).data(task, split).sha256() != digest:
+                raise ResultsError(
+                    f"the {split} split of task {task!r} is not what the finished runs saw (they ran with Python "
+                    f"{run['versions']['python']}); go back to the versions in results.jsonl, or give another --out"
+                )
 
 
 def _to_test(ablations: dict[str, Ablation], records: list[Record]) -> list[Record]:

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 class Strict(BaseModel):
     """A section of the file. An unknown key is an error that names the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -96,7 +96,7 @@ class Training(Strict):
     evaluate_every: int = Field(ge=1, description="steps between readings of the validation split")
     accelerator: Literal["cpu", "cuda", "auto"] = "auto"
     threads: int = Field(1, ge=1, description="CPU threads a run; runs side by side scale better than threads")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Training:
@@ -219,6 +219,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):

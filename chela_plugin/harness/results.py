@@ -84,7 +84,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
         last = good + len(line) == len(content)
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or "record" not in record or not line.endswith(b"\n"):
+            if not isinstance(record, dict) or not {"record", "cell"} <= record.keys() or not line.endswith(b"\n"):
                 raise ValueError
         except ValueError:
             if last:
@@ -140,10 +140,8 @@ class ResultsFolder:
         self.torn = False
 
     def __enter__(self) -> ResultsFolder:
-        from filelock import (
-            FileLock,
-            Timeout,
-        )  # a dependency of torch; the lock falls with the process, even by kill -9
+        # A dependency of torch; the lock falls with the process, even by kill -9.
+        from filelock import FileLock, Timeout
 
         if self.path.exists() and not self.path.is_dir():
             raise ResultsError(f"{self.path} is a file; give --out a folder")
@@ -154,14 +152,16 @@ class ResultsFolder:
                     f"{self.path} is no results folder (it holds {strangers[0]!r} and no manifest.json); "
                     "give --out a new or empty folder"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / "lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ResultsError(
                 f"another process is writing to {self.path}; wait for it, or give another --out"
             ) from None
+        except OSError as error:
+            raise ResultsError(f"cannot write to {self.path}: {error.strerror}; give another --out") from None
         try:
             self._open()
         except BaseException:

@@ -1,5 +1,6 @@
 """A whole ablation: equal terms, one reading of the test split, no run done twice, no failure that stops the others."""
 
+import dataclasses
 import json
 import multiprocessing
 import operator
@@ -166,6 +167,47 @@ def test_a_run_whose_record_was_half_written_is_done_again_with_the_same_result(
     again = ablate(path)
     assert again[0] == records[0]
     assert [comparable(r) for r in again] == [comparable(r) for r in records]
+
+
+def test_a_signal_while_the_test_split_is_read_stops_after_this_reading(tiny, ablate, tmp_path, quiet, monkeypatch):
+    path = tiny()
+    name, config = load_ablation(path)
+    read_test = cell.CellRunner.read_test
+
+    def interrupted(self, run):
+        os.kill(os.getpid(), signal.SIGINT)
+        return read_test(self, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell.CellRunner, "read_test", interrupted)
+        assert ablation.run_ablations({name: config}, tmp_path / "out", quiet) == signal.SIGINT
+    assert len(of_kind(read_records(tmp_path / "out" / "results.jsonl")[0], "test")) == 1
+    assert len(of_kind(ablate(path), "test")) == 2
+
+
+def test_runs_are_not_added_to_those_that_saw_other_data(tiny, ablate, tmp_path, monkeypatch):
+    path = tiny()
+    ablate(path)
+    log = tmp_path / "out" / "results.jsonl"
+    first_run = log.read_bytes().splitlines(keepends=True)[0]
+    log.write_bytes(first_run)
+    real = cell.examples
+
+    def changed(task, split):
+        data = real(task, split)
+        return dataclasses.replace(data, inputs=data.inputs + 1)
+
+    monkeypatch.setattr(cell, "examples", changed)
+    with pytest.raises(ResultsError, match=r"the train split of task 'digits' is not what the finished runs saw"):
+        ablate(path)
+    assert log.read_bytes() == first_run
+
+
+@pytest.mark.parametrize("model", ["chela_vit_tinny", "vit_tiny_patch16_224"])
+def test_a_backbone_that_takes_no_mixer_is_refused_before_any_run(tiny, ablate, tmp_path, model):
+    with pytest.raises(ConfigError, match=rf"backbone\.model '{model}' is no chela_vit; choose one of chela_vit_base"):
+        ablate(tiny(backbone__model=model))
+    assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, ablate, tmp_path, comparable):

@@ -34,6 +34,12 @@ def test_a_wrong_type_names_its_place_and_value(tiny):
         load_ablation(tiny(training__steps="many"))
 
 
+@pytest.mark.parametrize("change", [{"learning_rates": [float("inf")]}, {"training__gradient_clip": float("inf")}])
+def test_a_number_that_is_not_finite_is_refused(tiny, change):
+    with pytest.raises(ConfigError, match=r"finite number \(got inf\)"):
+        load_ablation(tiny(**change))
+
+
 def test_cells_that_would_collide_are_refused(tiny):
     with pytest.raises(ConfigError, match="mixers holds attention more than once"):
         load_ablation(tiny(mixers=["attention", "attention"]))

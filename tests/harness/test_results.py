@@ -60,6 +60,20 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_line_that_is_no_record_is_an_error(tmp_path):
+    with ResultsFolder(tmp_path / "r", CONFIG) as folder:
+        folder.append({"record": "run"})
+        folder.append({"record": "run", "cell": "1"})
+    with pytest.raises(ResultsError, match=r"line 1: not a record of this harness"):
+        open_for_reading(tmp_path / "r")
+
+
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ResultsError, match=r"cannot write to .*give another --out"):
+        ResultsFolder(tmp_path / "file" / "r", CONFIG).__enter__()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "chela-plugin results"}'])
 def test_a_manifest_that_is_not_ours_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)

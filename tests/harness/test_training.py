@@ -105,6 +105,27 @@ def test_a_damaged_checkpoint_starts_the_run_over(tmp_path, fabric):
     assert without_clock(run(tmp_path / "cut", fabric)) == without_clock(whole)
 
 
+def test_half_precision_trains_and_resumes_as_full_precision_does(tmp_path):
+    recipe = RECIPE.model_copy(update={"precision": "bf16-mixed"})
+    half = training.new_fabric(recipe)
+    seen = []
+
+    class Shows(nn.Linear):
+        def forward(self, x):
+            seen.append(super().forward(x).dtype)
+            return super().forward(x)
+
+    def build():
+        return nn.Sequential(nn.Flatten(), Shows(6, 2))
+
+    whole = run(tmp_path / "whole", half, recipe=recipe, build=build)
+    assert set(seen) == {torch.bfloat16}
+    with pytest.raises(training.Interrupted):
+        run(tmp_path / "parts", half, Watcher(stop_after=5), recipe=recipe, build=build)
+    assert without_clock(run(tmp_path / "parts", half, recipe=recipe, build=build)) == without_clock(whole)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", "best.safetensors")
+
+
 def test_a_loss_that_is_not_finite_is_reported_and_not_trained_on(tmp_path, fabric):
     class Explodes(nn.Linear):
         def forward(self, x):
