@@ -70,7 +70,8 @@ def unfold(node: grammar.SpecNode) -> grammar.SpecNode:
 def unknown(name: str, names: list[str]) -> str:
     if name == NATIVE:
         return "'native' is the host model's own mixer; it stands in a pattern only"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = [known for known in names if known.lower() == name.lower()]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     listed = ", ".join(names) if names else "none; reinstall chela-plugin, its package metadata is missing"
     return f"unknown mixer '{name}'{hint} Known: {listed}"

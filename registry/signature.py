@@ -27,7 +27,7 @@ class OptionError(ValueError):
 
 
 def check_factory(factory: Factory) -> None:
-    """Raise TypeError unless hosts can call `factory` as design's signature says."""
+    """Raise TypeError unless hosts can call `factory` as SIGNATURE says."""
     if not callable(factory):
         raise TypeError(f"a mixer factory is a callable {SIGNATURE}, got {factory!r}")
     parameters = inspect.signature(factory).parameters

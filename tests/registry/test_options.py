@@ -75,6 +75,8 @@ def test_a_wrong_option_is_one_error_with_its_column(text, column, message):
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownMixerError, match="did you mean 'chela'"):
         MixerSpec.parse("chella")
+    with pytest.raises(UnknownMixerError, match="did you mean 'chela'"):
+        MixerSpec.parse("CHELA")
     with pytest.raises(UnknownMixerError, match=r"Known: .*toy"):
         MixerSpec.parse("zzzzzz")
 
