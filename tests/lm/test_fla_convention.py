@@ -31,7 +31,7 @@ PATTERNS = [
     "conv",
     "chela + attention",
 ]
-# Decoding and packing equal the full forward pass to 1e-4 in fp32 (design section 2); logits here are of size 1.
+# Decoding and packing equal the full forward pass to 1e-4 in fp32; logits here are of size 1.
 close = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -23,7 +23,7 @@ DECODABLE = [
     "identity",
     "chela + attention",
 ]
-# Decoding equals the full forward pass to 1e-4 in fp32 (design section 2); logits here are of size 1.
+# Decoding equals the full forward pass to 1e-4 in fp32; logits here are of size 1.
 close = {"rtol": 1e-4, "atol": 1e-4}
 
 
