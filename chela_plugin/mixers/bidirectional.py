@@ -38,6 +38,14 @@ class Bidirectional(Mixer):
             if reset is not None:
                 reset()
 
+    def reparameterize(self) -> Bidirectional:
+        """Fold the branches of the mixer's convolution, where it has some, in place; for inference."""
+        for mixer in self.mixers:
+            fold = getattr(mixer, "reparameterize", None)
+            if fold is not None:
+                fold()
+        return self
+
     def path(self, device: torch.device | str) -> str:
         path = getattr(self.mixers[0], "path", None)
         return "torch" if path is None else path(device)

@@ -31,13 +31,14 @@ __all__ = ["ChelaFormer"]
 
 
 class Stage(nn.Module):
-    """Halve the image (but for the first stage), then mix its pixels as tokens: `[B, C, H, W]` to `[B, D, h, w]`."""
+    """Halve the image if `downsample`, then mix its pixels as tokens: `[B, C, H, W]` to `[B, D, h, w]`."""
 
     def __init__(
         self,
         in_dim: int,
         dim: int,
         *,
+        downsample: bool,
         first: int,
         mixers: list[MixerSpec],
         drop_path: list[float],
@@ -51,7 +52,7 @@ class Stage(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
-        if in_dim != dim:
+        if downsample:
             conv = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1, **dd)
             self.downsample = nn.Sequential(OrderedDict(norm=LayerNorm2d(in_dim, **dd), conv=conv))
         self.blocks = nn.ModuleList(
@@ -155,12 +156,14 @@ class ChelaFormer(nn.Module):
         stem = nn.Conv2d(in_chans, dims[0], kernel_size=7, stride=4, padding=2, **dd)
         self.stem = nn.Sequential(OrderedDict(conv=stem, norm=LayerNorm2d(dims[0], **dd)))
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
-        stages, in_dim, first = [], dims[0], 0
+        stages: list[Stage] = []
+        in_dim, first = dims[0], 0
         for depth, dim, drop_path in zip(depths, dims, rates, strict=True):
             stages.append(
                 Stage(
                     in_dim,
                     dim,
+                    downsample=bool(stages),  # the stem has embedded the patches of the first
                     first=first,
                     mixers=mixers,
                     drop_path=drop_path,

@@ -80,6 +80,15 @@ def test_a_causal_host_is_told_to_take_the_mixer_itself():
         mixer("bidirectional(gla)")(tokens().float(), cache={})
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_folding_reaches_the_mixer_inside(share):
+    module, x = mixer(f"bidirectional(conv, share={share})", dtype=torch.float64), tokens()
+    wanted = module(x)
+    assert all(inner.conv.folded for inner in module.reparameterize().mixers)
+    torch.testing.assert_close(module(x), wanted, rtol=1e-10, atol=1e-10)
+    assert mixer("bidirectional(gla)").reparameterize() is not None  # nothing to fold, no error
+
+
 def test_reset_reaches_the_mixer_inside():
     module = mixer("bidirectional(mamba2, share=False)", device="meta").to_empty(device="cpu")
     for parameter in module.parameters():

@@ -95,6 +95,11 @@ def test_features_come_at_four_strides(image):
     assert len(tiny(features_only=True, out_indices=(1, 2))(image)) == 2
 
 
+def test_neighbouring_stages_of_one_width_are_two_scales_all_the_same(image):
+    model = tiny(dims=(16, 16, 32, 32), features_only=True)
+    assert [m.shape for m in model(image)] == [(2, 16, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4), (2, 32, 2, 2)]
+
+
 def test_intermediates_agree_with_the_forward_pass_and_with_pruned_models(image):
     model = tiny()
     final, maps = model.forward_intermediates(image)
