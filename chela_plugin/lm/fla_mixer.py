@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from fla.models.utils import FLACache
 from torch import Tensor, nn
 
+from chela_plugin.lm.hosting import INITIALISED, fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import MixerSpec, create_mixer
-
-_INITIALISED = "_is_hf_initialized"  # transformers' mark, on a module or a tensor, for "leave it as it is"
 
 
 @dataclass
@@ -52,34 +50,19 @@ class FlaMixer(nn.Module):
         self.mixer = self._new_mixer(device=device, dtype=dtype)
         # The mixer came out of its factory as it asks to be initialised; fla would draw its Linear and Conv1d layers
         # again, and call reset_parameters of a part whose weights were just loaded.
-        for module in self.mixer.modules():
-            setattr(module, _INITIALISED, True)
-        if any(tensor.is_meta for tensor in chain(self.mixer.parameters(), self.mixer.buffers())):
+        mark_initialised(self.mixer)
+        if lacks_storage(self.mixer):
             # To be filled by reset_parameters. transformers does not call it on a module without tensors of its own.
             self.register_buffer("empty", torch.empty(0), persistent=False)
         else:
-            setattr(self, _INITIALISED, True)
+            setattr(self, INITIALISED, True)
 
     def _new_mixer(self, **placement: Any) -> nn.Module:
         return create_mixer(self.spec, self.dim, causal=True, depth=self.depth, layer_idx=self.layer_idx, **placement)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Values for every weight and buffer that no checkpoint brought; fla's initialisation calls this.
-
-        They are copied from a mixer made anew, so that non-persistent buffers are right too, and nothing is asked of a
-        third party's mixer. Does nothing while the mixer has no storage.
-        """
-        tensors = dict(chain(self.mixer.named_parameters(), self.mixer.named_buffers()))
-        missing = {name: t for name, t in tensors.items() if not (t.is_meta or getattr(t, _INITIALISED, False))}
-        if not missing:
-            return
-        some = next(iter(missing.values()))
-        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-        fresh = self._new_mixer(device=some.device, dtype=dtype)
-        made = dict(chain(fresh.named_parameters(), fresh.named_buffers()))
-        for name, tensor in missing.items():
-            tensor.copy_(placed_like(made[name], tensor))
+        """Values for every weight and buffer that no checkpoint brought; fla's initialisation calls this."""
+        fill_missing(self.mixer, self._new_mixer)
 
     def forward(
         self,
@@ -158,26 +141,3 @@ class FlaMixer(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.spec)
-
-
-def own_part(attention_mask: Tensor | None, batch: int, length: int, seen: int) -> Tensor | None:
-    """The part of a padding mask over all tokens that belongs to the `length` new ones."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape not in ((batch, length), (batch, seen + length)):
-        raise ValueError(
-            f"attention_mask is a padding mask [B, T] = [{batch}, {length}]"
-            + (f" or [B, seen + T] = [{batch}, {seen + length}]" if seen else "")
-            + f", got {list(attention_mask.shape)}; masks between pairs of tokens (3-D, 4-D) are not supported"
-        )
-    return attention_mask[:, -length:]
-
-
-def placed_like(source: Tensor, target: Tensor) -> Tensor:
-    """`source`, distributed as `target` is where that is a DTensor (FSDP)."""
-    if not hasattr(target, "placements"):
-        return source
-    from torch.distributed.tensor import distribute_tensor
-
-    placed: Any = target
-    return distribute_tensor(source, placed.device_mesh, placed.placements)

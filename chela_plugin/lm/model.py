@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -14,9 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from chela_plugin.lm.cache import ChelaCache
 from chela_plugin.lm.config import ChelaConfig
+from chela_plugin.lm.hosting import fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import create_mixer
-
-_INITIALISED = "_is_hf_initialized"  # transformers' mark, on a module or a tensor, for "leave it as it is"
 
 
 class SwiGLU(nn.Module):
@@ -43,11 +40,8 @@ class ChelaBlock(GradientCheckpointingLayer):
         self.mixer = self._new_mixer()
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, cast(int, config.intermediate_size))
-        # Mixers come out of their factory initialised as they ask to be; this mark keeps transformers' own
-        # initialisation, which knows only standard layers, away from them.
-        for module in self.mixer.modules():
-            setattr(module, _INITIALISED, True)
-        self.mixer_from_meta: bool = any(t.is_meta for t in chain(self.mixer.parameters(), self.mixer.buffers()))
+        mark_initialised(self.mixer)
+        self.mixer_from_meta: bool = lacks_storage(self.mixer)
 
     def _new_mixer(self, **placement) -> nn.Module:
         depth = self.config.num_hidden_layers
@@ -55,20 +49,10 @@ class ChelaBlock(GradientCheckpointingLayer):
             self.mixer_spec, self.config.hidden_size, causal=True, depth=depth, layer_idx=self.layer_idx, **placement
         )
 
-    @torch.no_grad()
     def fill_mixer(self) -> None:
-        """Give a mixer built without storage (`from_pretrained`) what no checkpoint brought.
-
-        That is non-persistent buffers and missing weights; they are copied from a mixer made anew, so that nothing is
-        asked of third parties' mixers here.
-        """
-        tensors = dict(chain(self.mixer.named_parameters(), self.mixer.named_buffers()))
-        missing = {k: t for k, t in tensors.items() if not (t.is_meta or getattr(t, _INITIALISED, False))}
-        if self.mixer_from_meta and missing:
-            fresh = self._new_mixer(device=self.mixer_norm.weight.device, dtype=self.mixer_norm.weight.dtype)
-            made = dict(chain(fresh.named_parameters(), fresh.named_buffers()))
-            for name, tensor in missing.items():
-                tensor.copy_(made[name])
+        """Give a mixer that `from_pretrained` built without storage what no checkpoint brought."""
+        if self.mixer_from_meta:
+            fill_missing(self.mixer, self._new_mixer)
         self.mixer_from_meta = False
 
     def forward(
@@ -147,7 +131,7 @@ class ChelaModel(ChelaPreTrainedModel):
         batch, length = x.shape[:2]
         plain = attention_mask is None and cu_seqlens is None
         cache = self._cache(past_key_values, use_cache, batch, x, plain)
-        mask = _own_part(attention_mask, batch, length, 0 if cache is None else cache.seen)
+        mask = own_part(attention_mask, batch, length, 0 if cache is None else cache.seen)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = []
         for i, layer in enumerate(self.layers):
@@ -267,19 +251,6 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
         GenerationMixin._prepare_cache_for_generation(cast(Any, self), generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = ChelaCache(self.config)
-
-
-def _own_part(attention_mask: Tensor | None, batch: int, length: int, seen: int) -> Tensor | None:
-    """The part of a padding mask over all tokens that belongs to the `length` new ones."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape not in ((batch, length), (batch, seen + length)):
-        raise ValueError(
-            f"attention_mask is a padding mask [B, T] = [{batch}, {length}]"
-            + (f" or [B, seen + T] = [{batch}, {seen + length}]" if seen else "")
-            + f", got {list(attention_mask.shape)}; masks between pairs of tokens (3-D, 4-D) are not supported"
-        )
-    return attention_mask[:, -length:]
 
 
 # In place of the stand-ins of auto.py.
