@@ -81,13 +81,12 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     records: list[Record] = []
     good = 0
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        last = good + len(line) == len(content)
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not {"record", "cell"} <= record.keys() or not line.endswith(b"\n"):
                 raise ValueError
         except ValueError:
-            if last:
+            if not line.endswith(b"\n"):
                 break
             raise ResultsError(
                 f"{path}, line {number}: not a record of this harness; restore the file or give another --out"

@@ -60,11 +60,11 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_line_that_is_no_record_is_an_error(tmp_path):
+def test_a_whole_line_that_is_no_record_is_an_error_also_at_the_end(tmp_path):
     with ResultsFolder(tmp_path / "r", CONFIG) as folder:
-        folder.append({"record": "run"})
         folder.append({"record": "run", "cell": "1"})
-    with pytest.raises(ResultsError, match=r"line 1: not a record of this harness"):
+        folder.append({"record": "run"})
+    with pytest.raises(ResultsError, match=r"line 2: not a record of this harness"):
         open_for_reading(tmp_path / "r")
 
 
