@@ -12,6 +12,7 @@ No pickle anywhere: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -77,10 +78,9 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     """
     if not path.exists():
         return [], 0
-    content = path.read_bytes()
     records: list[Record] = []
     good = 0
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+    for number, line in enumerate(io.BytesIO(path.read_bytes()), start=1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not {"record", "cell"} <= record.keys() or not line.endswith(b"\n"):
