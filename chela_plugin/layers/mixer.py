@@ -14,10 +14,10 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
+
+from chela_plugin.kernels.packing import check_cu_seqlens
 
 Cache = dict[str, Tensor]
 
@@ -111,22 +111,9 @@ class Mixer(nn.Module):
         return self.mix(x, mask=mask, cache=cache, grid=grid)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, total: int) -> None:
-    """Raise ValueError unless `cu_seqlens` cuts `total` tokens of one row into sequences."""
-    if batch != 1:
-        raise ValueError(f"cu_seqlens needs a batch of 1 with the sequences behind one another, got a batch of {batch}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seqlens must be a 1-D integer tensor with at least two entries")
-    cuts = cu_seqlens.tolist()
-    if cuts[0] != 0 or cuts[-1] != total:
-        raise ValueError(f"cu_seqlens must run from 0 to {total} tokens, got {cuts[0]} to {cuts[-1]}")
-    if any(b < a for a, b in itertools.pairwise(cuts)):
-        raise ValueError(f"cu_seqlens must not decrease, got {cuts}")
-
-
 def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """`[1, total, C]` to rows `[N, longest, C]` padded with zeros on the right, and their bool mask `[N, longest]`."""
-    check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
+    check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=True)
     lengths = cu_seqlens.diff().to(x.device)
     mask = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
     rows = x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter(mask[..., None], x[0])

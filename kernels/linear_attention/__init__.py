@@ -7,13 +7,14 @@ what is computed again), `launch.py` and `configs.py` how they are launched, `op
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from chela_plugin.kernels.backend import backend, may_read, traced
+from chela_plugin.kernels.packing import check_cu_seqlens
+from chela_plugin.kernels.precision import without_autocast
 
 from . import reference
 
@@ -71,12 +72,13 @@ def linear_attention(
     if triton:
         o, state = _triton(q, k, v, log_decay, causal, scale, initial_state, output_final_state, cu_seqlens, mask)
         return o, state if output_final_state else None
-    if cu_seqlens is not None:
-        o, state = reference.packed(q, k, v, log_decay, scale, initial_state, cu_seqlens.tolist(), causal)
-    elif causal:
-        o, state = reference.chunked(q, k, v, log_decay, scale, initial_state)
-    else:
-        o, state = reference.bidirectional(q, k, v, scale, initial_state)
+    with without_autocast(q):
+        if cu_seqlens is not None:
+            o, state = reference.packed(q, k, v, log_decay, scale, initial_state, cu_seqlens.tolist(), causal)
+        elif causal:
+            o, state = reference.chunked(q, k, v, log_decay, scale, initial_state)
+        else:
+            o, state = reference.bidirectional(q, k, v, scale, initial_state)
     return o, state if output_final_state else None
 
 
@@ -144,7 +146,8 @@ def linear_attention_step(
     tensors = (q, k, v, state, log_decay)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if learns or backend(q.device, q.dtype) == "reference":
-        return reference.step(q, k, v, state, log_decay, scale)
+        with without_autocast(q):
+            return reference.step(q, k, v, state, log_decay, scale)
     from . import ops
 
     return (ops.step_op if traced(q) else ops.step)(q, k, v, state, log_decay, scale)
@@ -203,8 +206,10 @@ def check_inputs(
     if cu_seqlens is not None:
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
+        check_cu_seqlens(cu_seqlens, batch, time, read=may_read(cu_seqlens))
+        if mask is not None:
+            raise ValueError("cu_seqlens goes without mask: leave the padding out")
         rows = len(cu_seqlens) - 1
-        _check_cuts(cu_seqlens, batch, time, mask)
     if initial_state is not None:
         wanted = [rows, heads, key_width, value_width]
         if list(initial_state.shape) != wanted:
@@ -218,19 +223,3 @@ def check_inputs(
             raise ValueError(f"mask must be bool [B, T] = {[batch, time]}, got {mask.dtype} {list(mask.shape)}")
         if mask.device != q.device:
             raise ValueError(f"mask must be on {q.device} like q, got {mask.device}")
-
-
-def _check_cuts(cu_seqlens: Tensor, batch: int, time: int, mask: Tensor | None) -> None:
-    if batch != 1:
-        raise ValueError(f"cu_seqlens needs a batch of 1 with the sequences behind one another, got a batch of {batch}")
-    if mask is not None:
-        raise ValueError("cu_seqlens goes without mask: leave the padding out")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError("cu_seqlens must be a 1-D int32 or int64 tensor with at least two entries")
-    if not may_read(cu_seqlens):
-        return
-    cuts = cu_seqlens.tolist()
-    if cuts[0] != 0 or cuts[-1] != time:
-        raise ValueError(f"cu_seqlens must run from 0 to T = {time}, got {cuts[0]} to {cuts[-1]}")
-    if any(end < start for start, end in pairwise(cuts)):
-        raise ValueError(f"cu_seqlens must not decrease, got {cuts}")

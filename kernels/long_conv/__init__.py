@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import backend, may_read, traced
+from chela_plugin.kernels.packing import check_cu_seqlens
 
 from .reference import long_conv_reference
 
@@ -52,7 +53,9 @@ def long_conv(
     if not causal and taps.shape[1] % 2 == 0:
         raise ValueError(f"two-sided taps come as [D, 2L - 1] with lag 0 in the middle, got an even {taps.shape[1]}")
     if cu_seqlens is not None:
-        check_cuts(x, cu_seqlens)
+        if cu_seqlens.device != x.device:
+            raise ValueError(f"cu_seqlens must be on {x.device} like x, got {cu_seqlens.device}")
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=may_read(cu_seqlens))
     if backend(x.device, x.dtype) == "reference":
         if cu_seqlens is None:
             return long_conv_reference(x, taps, bias, causal=causal)
@@ -63,18 +66,3 @@ def long_conv(
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, taps, bias))
     # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launches.
     return (ops.forward_op if learns or traced(x) else ops.forward)(x, taps, bias, cu_seqlens, causal)
-
-
-def check_cuts(x: Tensor, cu_seqlens: Tensor) -> None:
-    """Raise ValueError unless cu_seqlens cuts x; its values are read only where that stalls no stream."""
-    if x.shape[0] != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            "cu_seqlens needs B = 1 and is a 1-D tensor of integers, at least two, "
-            f"got B = {x.shape[0]} and {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens must be on {x.device} like x, got {cu_seqlens.device}")
-    if may_read(cu_seqlens):
-        cuts = cu_seqlens.tolist()
-        if cuts[0] != 0 or cuts[-1] != x.shape[1] or sorted(cuts) != cuts:
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {x.shape[1]}, got {cuts}")

@@ -162,6 +162,23 @@ def test_half_precision_is_summed_in_fp32(dtype):
     assert float((o.double() - exact).norm() / exact.norm()) < tolerance
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_autocast_does_not_round_the_states(causal):
+    q, k, v, log_decay, state = case(time=100, decay="token", dtype=torch.bfloat16)
+    decay = log_decay.float() if causal else None
+    options = {"causal": causal, "initial_state": state, "output_final_state": True}
+    one = [None if decay is None else decay[:, 0]]
+
+    def run():
+        step = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, *one)
+        return *linear_attention(q, k, v, decay, **options), *step
+
+    wanted = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -236,7 +253,13 @@ def test_bad_input_is_one_clear_error(changes, message):
 
 @pytest.mark.parametrize(
     ("cuts", "message"),
-    [([1, 6], "from 0 to T"), ([0, 5], "from 0 to T"), ([0, 4, 3, 6], "must not decrease"), ([6], "at least two")],
+    [
+        ([1, 6], "from 0 to T"),
+        ([0, 5], "from 0 to T"),
+        ([0, 4, 3, 6], "must not decrease"),
+        ([6], "at least two"),
+        (6, "at least two"),
+    ],
 )
 def test_bad_cuts_are_one_clear_error(cuts, message):
     x = torch.zeros(1, 6, 3, 4)

@@ -108,10 +108,15 @@ def test_window_is_zero_where_there_are_no_taps():
         ({"taps": torch.zeros(3, 4)}, "D = 2"),
         ({"taps": torch.zeros(2, 4), "causal": False}, "even 4"),
         ({"taps": torch.zeros(2, 4), "bias": torch.zeros(3)}, "bias"),
-        ({"taps": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4, 3, 5])}, "cu_seqlens"),
-        ({"taps": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens"),
+        ({"taps": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4, 3, 5])}, "cu_seqlens must not decrease"),
+        (
+            {"taps": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4])},
+            "cu_seqlens must run from 0 to T = 5, got 0 to 4",
+        ),
+        ({"taps": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0.0, 5.0])}, "int32 or int64"),
+        ({"x": torch.zeros(2, 5, 2), "taps": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 5])}, "batch of 1"),
     ],
 )
 def test_bad_input_is_one_clear_error(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        long_conv(torch.zeros(1, 5, 2), **kwargs)
+        long_conv(**{"x": torch.zeros(1, 5, 2), **kwargs})

@@ -223,7 +223,7 @@ def test_bad_options_are_one_clear_error(options, message):
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, r"\[B, T\]"),
         ({"attention_mask": torch.ones(1, 4), "cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens goes without"),
         ({"x": torch.zeros(2, 4, 24), "cu_seqlens": torch.tensor([0, 4])}, "batch of 1"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, "from 0 to 4"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "from 0 to T = 4"),
     ],
 )
 def test_bad_calls_are_one_clear_error(call, message):

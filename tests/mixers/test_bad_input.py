@@ -80,7 +80,7 @@ def test_wrong_calls_are_refused():
         module(x, attention_mask=torch.ones(2, 1, 5, 5))
     with pytest.raises(ValueError, match="no two-dimensional form"):
         module(x, grid=(1, 5))
-    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to 5"):
+    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to T = 5"):
         module(x[:1], cu_seqlens=torch.tensor([0, 4]))
     two_sided = create_mixer("attention", 64, causal=False)
     with pytest.raises(ValueError, match="has no cache"):
