@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[lm,harness,deploy,dev]'
 	touch $@
 
-# Two ablations on real data, about eight minutes on two cores; start it again and it goes on where it was.
+# Two ablations on real data, about six minutes on two cores; start it again and it goes on where it was.
 demo: $(INSTALLED)
 	$(BIN)/chela ablate digits bytes --out $(OUT)
 
@@ -25,7 +25,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not gpu'
 
 test-gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/gpu
+	$(PYTHON) -m pytest -q -m gpu tests/gpu tests/mixers
 
 # timm's own tests/test_models.py, unchanged, over our models (tests/vision/timm_suite.py). TIMM is a checkout of timm at
 # the tag of the installed version; without one the source distribution of that version is fetched, once.
