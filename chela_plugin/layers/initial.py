@@ -24,11 +24,11 @@ def reset_projections(*inner: nn.Linear, output: nn.Linear, depth: int | None) -
 
 
 @torch.no_grad()
-def log_uniform_step_bias(bias: Tensor, smallest: float = 0.001, largest: float = 0.1, floor: float = 1e-4) -> None:
-    """Fill `bias` so that `softplus(bias)` is log-uniform between `smallest` and `largest`.
+def log_uniform_step_bias(bias: Tensor) -> None:
+    """Fill `bias` so that `softplus(bias)` is log-uniform between 0.001 and 0.1.
 
     The step sizes of Mamba (arXiv:2312.00752, section 3.6) and, unchanged, Mamba-2 and Gated DeltaNet.
     """
     step = torch.empty_like(bias, dtype=torch.float32)
-    step.uniform_(math.log(smallest), math.log(largest)).exp_().clamp_(min=floor)
+    step.uniform_(math.log(0.001), math.log(0.1)).exp_()
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus

@@ -187,11 +187,12 @@ class ImplicitKernel(LongKernel):
     prefix-consistent.
     """
 
-    def __init__(self, rows: int, *, width: int = 32, periods: int = 12, device=None, dtype=None):
+    def __init__(self, rows: int, *, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.periods = periods
-        self.hidden = nn.ModuleList(nn.Linear(n, width, **factory) for n in (2 * periods, width))
+        width = 32
+        self.periods = 12
+        self.hidden = nn.ModuleList(nn.Linear(n, width, **factory) for n in (2 * self.periods, width))
         self.out = nn.Linear(width, rows, **factory)
         self.log_time = no_weight_decay(nn.Parameter(torch.empty(rows, **factory)))
         self.reset_parameters()

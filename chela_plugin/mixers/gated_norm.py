@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+EPS = 1e-5
+
 
 class GatedRMSNorm(nn.Module):
     """`RMSNorm(x) * SiLU(gate)`, or `RMSNorm(x * SiLU(gate))` with `gate_first` (Mamba-2, arXiv:2405.21060, 7.1).
@@ -29,12 +31,11 @@ class GatedRMSNorm(nn.Module):
         *,
         weight: Literal["shared", "each"] | None,
         gate_first: bool = False,
-        eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.groups, self.width, self.gate_first, self.eps = groups, width, gate_first, eps
+        self.groups, self.width, self.gate_first = groups, width, gate_first
         shape = (1 if weight == "shared" else groups, width)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if weight else None
         self.reset_parameters()
@@ -50,7 +51,7 @@ class GatedRMSNorm(nn.Module):
         y = x.to(dtype).view(heads)
         if self.gate_first:
             y = y * swish
-        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        y = y * (y.square().mean(-1, keepdim=True) + EPS).rsqrt()
         if self.weight is not None:
             y = y * self.weight.to(dtype)
         if not self.gate_first:

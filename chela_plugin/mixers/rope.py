@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn each pair of channels `(i, i + d/2)` of `x` by the angle `position * base^(-2i/d)`.
+def rotate(x: Tensor, position: Tensor) -> Tensor:
+    """Turn each pair of channels `(i, i + d/2)` of `x` by the angle `position * 10000^(-2i/d)`.
 
     Args:
         x: `[B, T, H, d]`, d even.
@@ -19,7 +19,7 @@ def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     half = x.shape[-1] // 2
     # At least fp32: bf16 can't tell position 257 from 256.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
+    frequency = 10000.0 ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = (position.to(dtype)[..., None] * frequency).unsqueeze(-2)
     a, b = x.to(dtype).chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
