@@ -48,13 +48,18 @@ def peak_over_inputs(run: Callable[[], object]) -> float:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
+def revision_of(given: str | None) -> str:
+    """`given`, or what git says of this checkout."""
+    if given is not None:
+        return given
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 def conditions(revision: str | None) -> dict[str, object]:
     """Device, versions and code revision; `revision` where there is no git repository."""
-    if revision is None:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        revision = done.stdout.strip() or "unknown"
     return {
         "device": torch.cuda.get_device_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "revision": revision,
+        "revision": revision_of(revision),
     }

@@ -1,0 +1,129 @@
+"""Times plain PyTorch forms on one CPU core against what they were chosen over; writes JSON.
+
+    OMP_NUM_THREADS=1 python benchmarks/plain_forms.py --out benchmarks/results/plain_forms_cpu.json
+
+Three choices rest on it: `CausalConv` as shifted products and not `F.conv1d`, the chunk of `selective_scan`, and the
+number of tokens up to which `long_conv` multiplies by a Toeplitz matrix. fp32, forward and backward, milliseconds:
+median, 20 % and 80 %, the contenders of a case one after the other in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from timing import quantiles, revision_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from chela_plugin.kernels.long_conv.reference import direct, fft
+from chela_plugin.kernels.selective_scan import reference as scan
+from chela_plugin.layers.causal_conv import CausalConv
+
+
+def both(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+    """Forward and backward."""
+    live = [x.detach().requires_grad_() for x in leaves]
+    return lambda: torch.autograd.grad(forward(*live).sum(), live)
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    taps = weight.shape[1]
+    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=taps - 1, groups=len(weight))
+    return y[..., : x.shape[1]].transpose(1, 2)
+
+
+def shifted(conv: CausalConv, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x,))[0]
+
+
+def causal_conv_cases() -> dict[str, dict[str, Callable[[], object]]]:
+    cases = {}
+    for batch, tokens, channels in ((8, 256, 256), (2, 1024, 512), (1, 4096, 1024)):
+        conv = CausalConv(channels, 4)
+        leaves = [torch.randn(batch, tokens, channels), conv.weight, conv.bias]
+        cases[f"causal_conv 4 taps, B {batch}, T {tokens}, C {channels}"] = {
+            "shifted products": both(partial(shifted, conv), leaves),
+            "conv1d": both(conv1d, leaves),
+        }
+    return cases
+
+
+def in_chunks_of(chunk: int, leaves: list[Tensor]) -> Callable[[], object]:
+    def run() -> object:
+        before, scan.CHUNK = scan.CHUNK, chunk
+        try:
+            return both(lambda *live: scan.chunked(*live)[0], leaves)()
+        finally:
+            scan.CHUNK = before
+
+    return run
+
+
+def scan_cases() -> dict[str, dict[str, Callable[[], object]]]:
+    cases = {}
+    for batch, tokens, channels, states in ((8, 256, 256, 16), (1, 1024, 512, 16)):
+        u, delta = torch.randn(batch, tokens, channels), torch.rand(batch, tokens, channels)
+        b, c = torch.randn(2, batch, tokens, states)
+        leaves = [u, delta, -torch.rand(channels, states), b, c]
+        name = f"selective_scan, B {batch}, T {tokens}, D {channels}, N {states}"
+        cases[name] = {f"chunk {n}": in_chunks_of(n, leaves) for n in (16, 32, 64)}
+    return cases
+
+
+def long_conv_cases() -> dict[str, dict[str, Callable[[], object]]]:
+    cases = {}
+    for batch, tokens in ((512, 8), (256, 16), (128, 32), (64, 64), (8, 16), (8, 64), (8, 128)):
+        leaves = [torch.randn(batch, tokens, 256), torch.randn(256, tokens)]
+        cases[f"long_conv, B {batch}, T {tokens}, D 256"] = {
+            "direct": both(partial(direct, causal=True), leaves),
+            "fft": both(partial(fft, causal=True), leaves),
+        }
+    return cases
+
+
+def times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for n in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if n:  # the first warms up
+                found[name].append(1e3 * (time.perf_counter() - start))
+    return {name: quantiles(ms) for name, ms in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--revision", help="of the code, where there is no git repository")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cases = causal_conv_cases() | scan_cases() | long_conv_cases()
+    results = []
+    for name, runs in cases.items():
+        results.append({"case": name, "ms": times(runs, args.rounds)})
+        print(json.dumps(results[-1]), flush=True)
+    record = {
+        "device": f"one core, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "revision": revision_of(args.revision),
+        "load": [round(load, 2) for load in os.getloadavg()],  # of the machine: what else ran beside it
+        "rounds": args.rounds,
+        "results": results,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
