@@ -54,7 +54,7 @@ def ablate(
         list[str],
         typer.Argument(
             metavar="FILE... [KEY=VALUE]...",
-            help="YAML files or shipped ablations (digits, bytes); dotted overrides such as training.steps=100.",
+            help="YAML files or shipped ablations such as digits; dotted overrides such as training.steps=100.",
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Results folder; default: runs/ and the ablations' names.")] = None,
@@ -63,12 +63,12 @@ def ablate(
     ] = None,
 ) -> None:
     """Train every mixer of an ablation on equal terms; the same command goes on where it was stopped."""
-    from chela_plugin.harness.config import ConfigError, is_override, load_ablation
+    from chela_plugin.harness.config import ConfigError, is_override, load_ablation, shipped
 
     overrides = [word for word in files if is_override(word)]
     sources = [word for word in files if not is_override(word)]
     if not sources:
-        raise ConfigError("no ablation given; name a YAML file, or a shipped one: digits, bytes")
+        raise ConfigError(f"no ablation given; name a YAML file, or a shipped one: {', '.join(shipped('ablations'))}")
     ablations = {}
     for source in sources:
         name, config = load_ablation(source, overrides)
@@ -81,7 +81,9 @@ def ablate(
 
     stopped_by = run_ablations(ablations, folder, console, workers)
     if stopped_by is not None:
-        again = shlex.join(["chela", "ablate", *files, *(["--out", str(out)] if out else [])])
+        options = {"--out": out, "--workers": workers}
+        given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+        again = shlex.join(["chela", "ablate", *files, *given])
         _say(f"stopped; all progress is in {folder}. To go on, give the same command again:\n  {again}")
         raise typer.Exit(128 + stopped_by)
     if _report(folder):

@@ -126,8 +126,11 @@ class State:
     per_token: float
 
 
-def decoding_state(model: nn.Module, dim: int) -> State | None:
-    """Measure the caches of a causal model's mixers after 8 and 16 tokens; None if one of them can't decode."""
+def decoding_state(model: nn.Module, dim: int, device: torch.device) -> State | None:
+    """Measure the caches of a causal model's mixers after 8 and 16 tokens; None if one of them can't decode.
+
+    `device` is where the model is.
+    """
     sizes = [0, 0]
     mixers = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "mixer"]
     if not mixers or not all(hasattr(mixer, "init_cache") for mixer in mixers):
@@ -135,11 +138,11 @@ def decoding_state(model: nn.Module, dim: int) -> State | None:
     with torch.no_grad():
         for mixer in mixers:
             try:
-                cache = mixer.init_cache(1)
+                cache = mixer.init_cache(1, device=device)
             except NotImplementedError:
                 return None
             for i in range(2):
-                mixer(torch.zeros(1, 8, dim), cache=cache)
+                mixer(torch.zeros(1, 8, dim, device=device), cache=cache)
                 sizes[i] += sum(tensor.numel() for tensor in cache.values())
     per_token = (sizes[1] - sizes[0]) / 8
     return State(round(sizes[0] - 8 * per_token), per_token)

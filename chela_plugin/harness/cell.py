@@ -105,9 +105,11 @@ class CellRunner:
         task, config = self.tasks[cell.task], self.config
         match = self.match(cell.task, cell.mixer)
         train, validation = self.data(cell.task, "train"), self.data(cell.task, "validation")
-        probe = self.model(cell.task, cell.mixer, match.mlp_hidden)
+        probe = self.model(cell.task, cell.mixer, match.mlp_hidden).to(self.fabric.device)  # a mixer may run there only
         language = config.backbone.kind == "language"
-        state = backbones.decoding_state(probe, config.backbone.dim) if language else None
+        state = backbones.decoding_state(probe, config.backbone.dim, self.fabric.device) if language else None
+        path = backbones.paths(probe, self.fabric.device)
+        del probe  # its memory would count in the run's peak
         tokens = backbones.tokens_per_example(config.backbone, train) * config.training.batch_size
 
         def augmented(inputs: Tensor, generator: Any) -> Tensor:
@@ -147,7 +149,7 @@ class CellRunner:
             "parameter_ratio": match.ratio,
             "mlp_hidden": match.mlp_hidden,
             "state": vars(state) if state else None,
-            "path": backbones.paths(probe, self.fabric.device),
+            "path": path,
             "data": {"train": train.sha256(), "validation": validation.sha256()},
         }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import operator
 import os
@@ -58,6 +59,22 @@ def test_every_run_of_a_task_has_equal_terms(tiny, ablate):
     for key in ("data", "steps", "tokens", "learning_rate", "seed", "versions", "device"):
         assert len({json.dumps(r[key]) for r in runs}) == 1, key
     assert all(len(r["history"]["step"]) == 2 for r in runs)
+
+
+def test_language_models_are_compared_in_bits_per_byte_and_by_what_decoding_keeps(tiny, ablate):
+    text = {"task": "bytes", "context": 32, "train_bytes": 4000, "validation_bytes": 2000, "test_bytes": 2000}
+    backbone = {"kind": "language", "dim": 64, "depth": 2, "mlp_hidden": 170}
+    records = ablate(tiny(tasks=[text], backbone=backbone, mixers=["attention", "gla", "identity"]))
+    runs = {r["mixer"]: r for r in of_kind(records, "run")}
+    assert {r["status"] for r in runs.values()} == {"finished"}, [r.get("reason") for r in runs.values()]
+    assert runs["attention"]["state"]["per_token"] == 2 * 2 * 64  # a key and a value a block
+    assert runs["gla"]["state"]["per_token"] == 0 < runs["gla"]["state"]["fixed"]
+    assert runs["identity"]["state"] == {"fixed": 0, "per_token": 0}
+    for test in of_kind(records, "test"):
+        assert test["metric"] == "bits_per_byte"
+        assert test["test"] == pytest.approx(test["test_loss"] / math.log(2))
+        assert 4 < test["test"] < 8.1  # after 6 steps: near 8, a guess among 256 bytes
+    assert len(of_kind(records, "test")) == 3
 
 
 def test_mixers_see_the_same_batches_in_the_same_order(tiny, ablate, monkeypatch):
@@ -231,7 +248,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, abla
 
     interrupted = start_and(signal.SIGINT)
     assert interrupted.returncode == 130, interrupted.stderr
-    assert f"chela ablate {path} --out {out}" in interrupted.stdout
+    assert f"chela ablate {path} --out {out} --workers 2" in interrupted.stdout
     assert start_and(signal.SIGKILL).returncode == -signal.SIGKILL
     parts = ablate(path, "parts")
     by_cell = operator.itemgetter("record", "cell")  # side by side, runs end in any order
