@@ -32,11 +32,11 @@ def _chela() -> None:
 
 @app.command()
 def mixers() -> None:
-    """List every installed mixer, whether it can run here, and what would mend it if not."""
+    """List every installed mixer, whether it can be loaded here, and what would mend it if not."""
     from chela_plugin import list_mixers
 
     table = Table(box=None, pad_edge=False)
-    for column in ("mixer", "from", "runs here", "what it is, or what is missing"):
+    for column in ("mixer", "from", "available", "what it is, or what is missing"):
         table.add_column(column, overflow="fold")
     for mixer in list_mixers():
         about = (

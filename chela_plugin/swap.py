@@ -220,6 +220,8 @@ def timm_slots(model: nn.Module) -> Iterator[TimmSlot]:
 
 def inventory(model: nn.Module) -> str:
     """What the blocks hold instead, for the error."""
+    if fla_host() is None and any(type(part).__module__.startswith("fla.models.") for part in model.modules()):
+        return ": it is fla's, and our module for fla is not loaded (CHELA_AUTOLOAD=0?); call chela_plugin.register()"
     found = Counter(type(m.attn).__name__ for m in model.modules() if isinstance(getattr(m, "attn", None), nn.Module))
     held = ", ".join(f"{count} x {name}" for name, count in found.items())
     return f": its blocks hold {held}, which does not map [B, N, C] to [B, N, C]" if held else ""

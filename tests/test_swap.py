@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import timm
 import torch
@@ -116,6 +121,27 @@ def test_a_model_inside_another_module_is_found():
 def test_a_model_without_a_place_for_mixers_is_an_error(name, message):
     with pytest.raises(ValueError, match=message):
         swap_mixers(timm.create_model(name, device="meta"), "mean")
+
+
+def test_a_model_of_fla_without_our_hook_names_the_remedy():
+    program = """
+        import chela_plugin
+        from fla.models import GLAConfig, GLAForCausalLM
+        model = GLAForCausalLM(GLAConfig(hidden_size=64, num_hidden_layers=2, num_heads=2, vocab_size=9))
+        try:
+            chela_plugin.swap_mixers(model, "identity")
+        except ValueError as error:
+            print("chela_plugin.register()" in str(error))
+        chela_plugin.register()
+        print(chela_plugin.swap_mixers(model, "identity"))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CHELA_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.split() == ["True", "2"], done.stderr
 
 
 def test_replacing_nothing_is_an_error():
