@@ -32,7 +32,7 @@ DECAYS = ("data", "none", "fixed", "learned")
 
 
 class Chela(Mixer):
-    """CHELA with every option of the design; defaults keep it within 2 % of softmax attention's 4 D^2 parameters.
+    """CHELA (arXiv:2406.08128); with its defaults within 2 % of softmax attention's 4 D^2 parameters.
 
     Args:
         dim: channels D.

@@ -11,7 +11,7 @@ from chela_plugin.layers.long_kernel import LONG_KERNELS
 from chela_plugin.layers.short_long_conv import two_sided
 
 GENERATORS = [*LONG_KERNELS, "none"]
-# (dtype, tolerance): fp32 as the design promises; in fp64 only the order of the sums differs.
+# (dtype, tolerance): only the order of the sums differs, at the rounding of each dtype.
 PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 
 
