@@ -17,54 +17,64 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from timing import quantiles, revision_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from chela_plugin import create_mixer
 from chela_plugin.kernels.long_conv.reference import direct, fft
 from chela_plugin.kernels.selective_scan import reference as scan
 from chela_plugin.layers.causal_conv import CausalConv
 
 
 def both(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """Forward and backward."""
+    """Forward and backward, to `leaves` and the module's parameters."""
     live = [x.detach().requires_grad_() for x in leaves]
-    return lambda: torch.autograd.grad(forward(*live).sum(), live)
+    weights = list(forward.parameters()) if isinstance(forward, torch.nn.Module) else []
+    return lambda: torch.autograd.grad(forward(*live).sum(), [*live, *weights])
 
 
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    taps = weight.shape[1]
-    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=taps - 1, groups=len(weight))
-    return y[..., : x.shape[1]].transpose(1, 2)
+def conv1d(conv: CausalConv, x: Tensor, _state: None, _length: None) -> tuple[Tensor, Tensor]:
+    """`CausalConv.forward` without a cache, through cuDNN's and oneDNN's operator."""
+    padded = F.pad(x, (0, 0, conv.taps - 1, 0))
+    y = F.conv1d(padded.transpose(1, 2), conv.weight[:, None], conv.bias, groups=len(conv.weight))
+    return y.transpose(1, 2), padded[:, x.shape[1] :]
 
 
-def shifted(conv: CausalConv, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x,))[0]
+def through(forward: Callable[..., object], run: Callable[[], object]) -> Callable[[], object]:
+    """`run` with another `CausalConv.forward`."""
+
+    def patched() -> object:
+        with patch.object(CausalConv, "forward", forward):
+            return run()
+
+    return patched
 
 
 def causal_conv_cases() -> dict[str, dict[str, Callable[[], object]]]:
+    """Inside whole mixers: a form also costs what its memory order costs the operations around it."""
     cases = {}
-    for batch, tokens, channels in ((8, 256, 256), (2, 1024, 512), (1, 4096, 1024)):
-        conv = CausalConv(channels, 4)
-        leaves = [torch.randn(batch, tokens, channels), conv.weight, conv.bias]
-        cases[f"causal_conv 4 taps, B {batch}, T {tokens}, C {channels}"] = {
-            "shifted products": both(partial(shifted, conv), leaves),
-            "conv1d": both(conv1d, leaves),
-        }
+    for spec in ("mamba2", "mamba", "gated_deltanet"):
+        for batch, tokens, dim in ((32, 64, 64), (16, 256, 128), (2, 1024, 256)):
+            mixer = create_mixer(spec, dim, causal=True)
+            leaves = [torch.randn(batch, tokens, dim)]
+            run = both(mixer, leaves)
+            cases[f"{spec}, B {batch}, T {tokens}, C {dim}"] = {
+                "shifted products": through(CausalConv.forward, run),
+                "conv1d": through(conv1d, run),
+            }
     return cases
 
 
-def in_chunks_of(chunk: int, leaves: list[Tensor]) -> Callable[[], object]:
-    def run() -> object:
-        before, scan.CHUNK = scan.CHUNK, chunk
-        try:
-            return both(lambda *live: scan.chunked(*live)[0], leaves)()
-        finally:
-            scan.CHUNK = before
+def in_chunks_of(chunk: int, run: Callable[[], object]) -> Callable[[], object]:
+    def patched() -> object:
+        with patch.object(scan, "CHUNK", chunk):
+            return run()
 
-    return run
+    return patched
 
 
 def scan_cases() -> dict[str, dict[str, Callable[[], object]]]:
@@ -74,7 +84,8 @@ def scan_cases() -> dict[str, dict[str, Callable[[], object]]]:
         b, c = torch.randn(2, batch, tokens, states)
         leaves = [u, delta, -torch.rand(channels, states), b, c]
         name = f"selective_scan, B {batch}, T {tokens}, D {channels}, N {states}"
-        cases[name] = {f"chunk {n}": in_chunks_of(n, leaves) for n in (16, 32, 64)}
+        run = both(lambda *live: scan.chunked(*live)[0], leaves)
+        cases[name] = {f"chunk {n}": in_chunks_of(n, run) for n in (16, 32, 64)}
     return cases
 
 
