@@ -123,7 +123,9 @@ def _check(ablation: Ablation) -> None:
     for mixer in ablation.mixers:
         try:
             parse_pattern(mixer)
-        except MixerUnavailableError:
+        except MixerUnavailableError as error:
+            if mixer == ablation.baseline:  # nothing can be matched to it
+                raise ConfigError(f"baseline: {error}") from None
             continue  # recorded with its reason when its turn comes
         except MixerSpecError as error:
             raise ConfigError(f"mixers: {error}") from None

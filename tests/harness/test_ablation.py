@@ -139,6 +139,23 @@ def test_a_failed_run_is_recorded_with_its_reason_and_the_others_go_on(tiny, abl
     assert [r["mixer"] for r in of_kind(records, "test")] == ["attention"]
 
 
+def test_a_mixer_whose_package_is_missing_shows_the_pip_line_and_can_be_no_baseline(
+    tiny, ablate, tmp_path, monkeypatch
+):
+    info = tmp_path / "site" / "needy-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "entry_points.txt").write_text("[chela_plugin.mixers]\nneedy = needy_code:factory [fast]\n")
+    requires = "Provides-Extra: fast\nRequires-Dist: no-such-package-of-anyone; extra == 'fast'\n"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: needy\nVersion: 1.0\n{requires}")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    needy, other = of_kind(ablate(tiny(mixers=["needy", "identity"], baseline="identity")), "run")
+    assert (needy["status"], other["status"]) == ("failed", "finished")
+    assert "pip install 'needy[fast]'" in needy["reason"]
+    with pytest.raises(ConfigError, match=r"baseline: .*needs no-such-package-of-anyone"):
+        ablate(tiny(mixers=["needy", "identity"], baseline="needy"), "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_model_that_fails_on_the_test_split_keeps_its_run_and_the_others_are_read(
     tiny, ablate, tmp_path, monkeypatch
 ):
