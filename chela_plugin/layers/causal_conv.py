@@ -15,8 +15,9 @@ class CausalConv(nn.Module):
         taps: length of the filter; the last tap meets the current token.
         bias: add a learned bias.
 
-    Written as a sum of shifted products, which makes causality plain to see and keeps the `[B, T, C]` layout: on one CPU
-    core whole mixers took 0.8 to 0.9 of their time with `F.conv1d`, once 1.1 (`benchmarks/results/plain_forms_cpu.json`).
+    Written as a sum of shifted products, which makes causality plain to see and keeps the `[B, T, C]` layout. On one
+    CPU core whole mixers took 0.8 to 0.9 of their time with `F.conv1d`, once 1.1
+    (`benchmarks/results/plain_forms_cpu.json`).
     """
 
     def __init__(

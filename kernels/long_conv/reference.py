@@ -15,10 +15,10 @@ from torch import Tensor
 
 from chela_plugin.kernels.precision import without_autocast
 
-# Up to this many tokens the Toeplitz product is taken, which is also causal bit for bit. One CPU core, fp32, forward and
-# backward: for rows of images (batch 128 to 512, T = 8 to 32) it is 1.4 to 1.5 times as fast as the FFT, on a par at
-# batch 64 and T = 64; at batch 8 it loses, 3 to 4 times at T = 16 and 64 and 8 at 128 (benchmarks/results/
-# plain_forms_cpu.json).
+# Up to this many tokens the Toeplitz product is taken, which is also causal bit for bit. One CPU core, fp32, forward
+# and backward (benchmarks/results/plain_forms_cpu.json): for rows of images (batch 128 to 512, T = 8 to 32) it is 1.4
+# to 1.5 times as fast as the FFT, on a par at batch 64 and T = 64; at batch 8 it loses, 3 to 4 times at T = 16 and 64
+# and 8 times at 128.
 DIRECT_MAX_TOKENS = 64
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 32  # on a CPU core 16, 32 and 64 are within a quarter of each other: benchmarks/results/plain_forms_cpu.json
+CHUNK = 32  # on a CPU core none of 16, 32 and 64 is the fastest at all sizes: benchmarks/results/plain_forms_cpu.json
 BLOCK = 8
 
 
