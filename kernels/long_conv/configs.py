@@ -1,6 +1,7 @@
 """Blocks and algorithm of the long convolution by shape: fixed, measured on one H100, never searched for at run time.
 
-Numbers behind each choice are in `benchmarks/results/long_conv_h100.json`; `benchmarks/long_conv.py` measures again.
+The trials behind each choice are in `benchmarks/NOTES-long_conv.md`, the outcome is in
+`benchmarks/results/long_conv_h100.json`; `benchmarks/long_conv.py` measures it again.
 """
 
 from __future__ import annotations
@@ -63,8 +64,7 @@ def blocks_for(batch: int, tokens: int, dtype: torch.dtype) -> Blocks:
 
 
 def lag_blocks_for(dtype: torch.dtype) -> LagBlocks:
-    """Blocks of `lag_products`. At 128 registers a fourth program fits on a multiprocessor: 0.198 ms against 0.222
-    (T = 1,024, D = 1,024, 32,768 tokens)."""
+    """Blocks of `lag_products`. At 128 registers a fourth program fits on a multiprocessor."""
     return {
         "ieee": LagBlocks(32, 32, 4, 1, None),
         "tf32": LagBlocks(64, 32, 4, 2, None),
