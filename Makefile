@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[lm,harness,deploy,dev]'
 	touch $@
 
-# Two ablations on real data, about six minutes on two cores; start it again and it goes on where it was.
+# Two ablations on real data, four to six minutes on two cores; start it again and it goes on where it was.
 demo: $(INSTALLED)
 	$(BIN)/chela ablate digits bytes --out $(OUT)
 
