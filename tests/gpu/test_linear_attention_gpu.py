@@ -5,6 +5,8 @@ import torch
 
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 
+# Bidirectional attention has no decay.
+VARIANTS = [(None, True), ("static", True), ("token", True), (None, False)]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # Rounding of the operands of each product and of the result to 8 and 11 significant bits, and of long fp32 sums;
@@ -83,12 +85,9 @@ def test_bidirectional_kernels_equal_fp64_with_all_gradients(masked, batch, time
     assert_close(run(*problem, **options), in_fp64(*problem, **options), dtype)
 
 
-@pytest.mark.parametrize("decay", [None, "static", "token"])
+@pytest.mark.parametrize(("decay", "causal"), VARIANTS)
 @pytest.mark.parametrize("heads", [2, 32])
-@pytest.mark.parametrize("causal", [True, False])
 def test_packed_sequences(decay, heads, causal):
-    if decay and not causal:
-        pytest.skip("bidirectional attention has no decay")
     problem = case(1, 9000, heads, 64, 64, decay, rows=5)
     options = {"cu_seqlens": torch.tensor([0, 1, 1, 100, 8001, 9000], device="cuda"), "causal": causal}
     assert_close(run(*problem, **options), in_fp64(*problem, **options), torch.bfloat16)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from chela_plugin.kernels.linear_attention import configs, linear_attention, linear_attention_step, reference
 
+# Bidirectional attention has no decay.
+VARIANTS = [(None, True), ("static", True), ("token", True), (None, False)]
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="these are about plain PyTorch")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64 sums of some hundred terms of order 1 in another order
@@ -86,11 +88,8 @@ def test_every_token_sees_every_token_without_causality():
     torch.testing.assert_close(final, torch.einsum("bshk,bshv->bhkv", k, v) + state, **EXACT)
 
 
-@pytest.mark.parametrize("decay", [None, "static", "token"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("decay", "causal"), VARIANTS)
 def test_masked_tokens_might_as_well_not_be_there(decay, causal):
-    if decay and not causal:
-        pytest.skip("bidirectional attention has no decay")
     q, k, v, log_decay, _ = case(batch=1, decay=decay)
     mask = torch.rand(1, q.shape[1], generator=torch.Generator().manual_seed(1)) > 0.3
     o, state = linear_attention(q, k, v, log_decay, causal=causal, mask=mask, output_final_state=True)
@@ -101,11 +100,8 @@ def test_masked_tokens_might_as_well_not_be_there(decay, causal):
     torch.testing.assert_close(state, alone_state, **EXACT)
 
 
-@pytest.mark.parametrize("decay", [None, "static", "token"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("decay", "causal"), VARIANTS)
 def test_packed_sequences_do_not_see_each_other(decay, causal):
-    if decay and not causal:
-        pytest.skip("bidirectional attention has no decay")
     q, k, v, log_decay, _ = case(batch=1, decay=decay)
     cuts = [0, 1, 1, 70, 131]
     states = torch.randn(4, *case()[4].shape[1:], dtype=torch.float64)
