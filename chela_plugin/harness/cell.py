@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from chela_plugin.harness import backbones, environment, training
-from chela_plugin.harness.config import Ablation, Strict
+from chela_plugin.harness.config import Ablation, TaskConfig
 from chela_plugin.harness.extras import MissingPackage
 from chela_plugin.harness.grid import Cell
 from chela_plugin.harness.results import Record, ResultsError, load_tensors
@@ -53,13 +53,13 @@ class CellRunner:
     def __init__(self, config: Ablation, folder: Path):
         self.config, self.folder = config, folder
         self.fabric = training.new_fabric(config.training)
-        self.tasks: dict[str, Strict] = {task.task: task for task in config.tasks}
+        self.tasks: dict[str, TaskConfig] = {task.task: task for task in config.tasks}
         self.data: Callable[[str, Split], Examples] = lru_cache(None)(self._read)
         self.match: Callable[[str, str], backbones.Match] = lru_cache(None)(self._match)
         self.target: Callable[[str], int] = lru_cache(None)(self._target)
 
     def _read(self, task: str, split: Split) -> Examples:
-        return examples(self.tasks[task], split)  # type: ignore[arg-type]  # every Task is a Strict
+        return examples(self.tasks[task], split)
 
     def model(self, task: str, mixer: str, mlp_hidden: int) -> nn.Module:
         """A model of one mixer for one task."""
@@ -113,7 +113,7 @@ class CellRunner:
         tokens = backbones.tokens_per_example(config.backbone, train) * config.training.batch_size
 
         def augmented(inputs: Tensor, generator: Any) -> Tensor:
-            return augment(task, inputs, generator)  # type: ignore[arg-type]  # every Task is a Strict
+            return augment(task, inputs, generator)
 
         board = SummaryWriter(str(self.folder / "tensorboard" / cell.ablation / cell.task / cell.id))
         try:

@@ -6,57 +6,42 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from chela_plugin.harness.task_configs import builtin, lra, sequences, synthetic
+from chela_plugin.harness.task_configs.base import ConfigError, DataError, Strict, TaskConfig
+
+__all__ = [
+    "Ablation",
+    "Backbone",
+    "ConfigError",
+    "DataError",
+    "LanguageBackbone",
+    "Strict",
+    "Task",
+    "TaskConfig",
+    "Training",
+    "VisionBackbone",
+    "canonical_json",
+    "digest",
+    "identity",
+    "is_override",
+    "load_ablation",
+    "shipped",
+]
 
 
-class ConfigError(ValueError):
-    """An ablation or task file that can't be used; the message names the file, the key and the remedy."""
-
-
-class Strict(BaseModel):
-    """A section of the file. An unknown key is an error that names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key {key!r}; {hint}")
-        return data
-
-
-class DigitsTask(Strict):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 10 classes; accuracy."""
-
-    backbone_kind: ClassVar[str] = "vision"
-    task: Literal["digits"]
-    max_shift: int = Field(1, ge=0, le=3, description="training images move by up to this many pixels, per axis")
-    split_seed: int = Field(0, ge=0, description="of the stratified 60/20/20 split; equal for all runs")
-
-
-class BytesTask(Strict):
-    """The running Python's own standard library as bytes; bits per byte. No file is in two splits."""
-
-    backbone_kind: ClassVar[str] = "language"
-    task: Literal["bytes"]
-    context: int = Field(256, ge=8, description="bytes a sequence")
-    train_bytes: int = Field(2_000_000, ge=1)
-    validation_bytes: int = Field(65_536, ge=1)
-    test_bytes: int = Field(131_072, ge=1)
-
-
-Task = Annotated[DigitsTask | BytesTask, Field(discriminator="task")]
+if TYPE_CHECKING:
+    Task = TaskConfig  # mypy can't follow a union that is made from lists
+else:
+    TASKS = builtin.TASKS + synthetic.TASKS + sequences.TASKS + lra.TASKS
+    Task = Annotated[Union[TASKS], Field(discriminator="task")]  # noqa: UP007  # made from a tuple
 
 
 class VisionBackbone(Strict):

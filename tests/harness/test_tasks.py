@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from chela_plugin.harness.config import BytesTask, DigitsTask
 from chela_plugin.harness.data_order import batch_rows, generator
+from chela_plugin.harness.task_configs.builtin import BytesTask, DigitsTask
 from chela_plugin.harness.tasks import SPLITS, augment, examples
 from chela_plugin.harness.tasks.byte_text import split_files
 

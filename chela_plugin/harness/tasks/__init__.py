@@ -1,15 +1,20 @@
-"""Tasks: pure functions from (config, split) to tensors. A new task is one file here and one class in config.py."""
+"""Tasks: pure functions from (config, split) to tensors.
+
+A new task is one file here, with `examples(config, split)` and optionally `augment(config, inputs, generator)`, and one
+class in `chela_plugin.harness.task_configs`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from chela_plugin.harness.config import BytesTask, DigitsTask
+from chela_plugin.harness.task_configs.base import TaskConfig
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -43,21 +48,20 @@ class Examples:
         return state.hexdigest()
 
 
-def examples(config: DigitsTask | BytesTask, split: Split) -> Examples:
-    """The examples of one split; equal arguments give equal tensors."""
-    if isinstance(config, DigitsTask):
-        from chela_plugin.harness.tasks import digits
+def examples(config: TaskConfig, split: Split) -> Examples:
+    """The examples of one split; equal arguments give equal tensors.
 
-        return digits.examples(config, split)
-    from chela_plugin.harness.tasks import byte_text
-
-    return byte_text.examples(config, split)
+    Raises DataError where files that the task reads are missing or damaged.
+    """
+    return _module(config).examples(config, split)
 
 
-def augment(config: DigitsTask | BytesTask, inputs: Tensor, generator: torch.Generator) -> Tensor:
+def augment(config: TaskConfig, inputs: Tensor, generator: torch.Generator) -> Tensor:
     """A training batch as the model sees it; the generator alone decides what is random."""
-    if isinstance(config, DigitsTask):
-        from chela_plugin.harness.tasks import digits
+    change = getattr(_module(config), "augment", None)
+    return inputs if change is None else change(config, inputs, generator)
 
-        return digits.shift(inputs, config.max_shift, generator)
-    return inputs
+
+def _module(config: TaskConfig) -> Any:
+    """The module that makes a task's tensors, imported on first use."""
+    return importlib.import_module(f"{__name__}.{config.module}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from chela_plugin.harness.config import BytesTask
+from chela_plugin.harness.task_configs.builtin import BytesTask
 from chela_plugin.harness.tasks import Examples, Split
 
 # Not the library itself, or present in some installations only.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chela_plugin.harness.config import DigitsTask
 from chela_plugin.harness.extras import need
+from chela_plugin.harness.task_configs.builtin import DigitsTask
 from chela_plugin.harness.tasks import Examples, Split
 
 
@@ -20,6 +20,11 @@ def examples(config: DigitsTask, split: Split) -> Examples:
     targets = torch.from_numpy(labels).long()
     rows = torch.tensor(split_rows(targets.tolist(), config.split_seed)[split])
     return Examples(inputs[rows], targets[rows], classes=10, metric="accuracy")
+
+
+def augment(config: DigitsTask, inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Moved by up to `config.max_shift` pixels."""
+    return shift(inputs, config.max_shift, generator)
 
 
 def split_rows(labels: list[int], seed: int) -> dict[Split, list[int]]:

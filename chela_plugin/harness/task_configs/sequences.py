@@ -1,0 +1,7 @@
+"""Real signals as sequences: pixels, raw audio."""
+
+from __future__ import annotations
+
+from chela_plugin.harness.task_configs.base import TaskConfig
+
+TASKS: tuple[type[TaskConfig], ...] = ()

@@ -1,0 +1,7 @@
+"""Tasks that are generated: recall and the like."""
+
+from __future__ import annotations
+
+from chela_plugin.harness.task_configs.base import TaskConfig
+
+TASKS: tuple[type[TaskConfig], ...] = ()
