@@ -10,6 +10,8 @@ largest lag, so that nothing that wraps around is read, and is causal up to its 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,3 +80,91 @@ def long_conv_reference(x: Tensor, taps: Tensor, bias: Tensor | None, *, causal:
         if bias is not None:
             y = y + bias.to(inner)
     return y.to(x.dtype)
+
+
+# Modal filters -------------------------------------------------------------------------------------------------------
+
+MODAL_CHUNK = 64
+
+
+def modal_powers(log_time: Tensor, frequency: Tensor, lags: Tensor) -> Tensor:
+    """p^lag, complex `[*log_time.shape, lags]`, with p = exp(-exp(-log_time) + i frequency).
+
+    The angle is reduced in fp64, for it grows with the lag.
+    """
+    lags = lags.to(torch.float64)
+    turned = torch.remainder(frequency.double()[..., None] * lags, 2 * math.pi).to(frequency.dtype)
+    log_radius = -torch.exp(-log_time)
+    return torch.polar(torch.exp(log_radius[..., None] * lags.to(log_radius.dtype)), turned)
+
+
+def modal_residues(log_time: Tensor, residue: Tensor) -> Tensor:
+    """c (1 - |p|), complex `[G, M]`: the factor keeps the l1 norm below sum |c|, whatever the time constants are."""
+    return torch.view_as_complex(residue.contiguous()) * -torch.expm1(-torch.exp(-log_time))
+
+
+def modal_taps(log_time: Tensor, frequency: Tensor, residue: Tensor, length: int) -> Tensor:
+    """The filter itself, `[G, length]`: tap_j = Re sum_m c_m (1 - |p_m|) p_m^j."""
+    powers = modal_powers(log_time, frequency, torch.arange(length, device=log_time.device))
+    return torch.einsum("gm,gmj->gj", modal_residues(log_time, residue), powers).real
+
+
+def modal_scan(
+    x: Tensor, log_time: Tensor, frequency: Tensor, residue: Tensor, chunk: int = MODAL_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """x `[B, T, D]` convolved with modal filters, chunk by chunk, at a cost a token that does not grow with T.
+
+    With S_n the modes' states before chunk n, r the place in a chunk, C its size, and c the residues:
+
+        y[n C + r] = sum_{s <= r} tap_(r - s) x[n C + s]  +  Re sum_m c_m p_m^(r + 1) S_n[m]
+        S_(n+1) = p^C S_n + sum_s p^(C - 1 - s) x[n C + s]
+
+    The near part is one triangular matrix for all channels that share a filter. Returns y and the states behind the
+    last token, complex `[B, D, M]`.
+    """
+    batch, tokens, channels = x.shape
+    groups, modes = log_time.shape
+    powers = modal_powers(log_time, frequency, torch.arange(chunk + 1, device=x.device))
+    c = modal_residues(log_time, residue)
+    place = torch.arange(chunk, device=x.device)
+    lag = place[:, None] - place
+    near = torch.einsum("gm,gmj->gj", c, powers[..., :chunk]).real[:, lag.clamp(min=0)] * (lag >= 0)
+    xs = torch.nn.functional.pad(x, (0, 0, 0, -tokens % chunk)).view(batch, -1, chunk, groups, channels // groups)
+    y = torch.einsum("grs,bnsgd->bnrgd", near, xs)
+    found = torch.einsum("gms,bnsgd->nbgdm", powers[..., :chunk].flip(-1), xs.to(powers.dtype))
+    turn, state = powers[:, None, :, chunk], found.new_zeros(batch, groups, channels // groups, modes)
+    states = []
+    for added in found:
+        states.append(state)
+        state = turn * state + added
+    y = y + torch.einsum("gm,gmr,nbgdm->bnrgd", c, powers[..., 1:], torch.stack(states)).real
+    if behind := tokens % chunk:  # the last chunk was filled up with zeros, which only turned its state
+        state = powers[:, None, :, behind] * states[-1] + torch.einsum(
+            "gms,bsgd->bgdm", powers[..., :behind].flip(-1), xs[:, -1, :behind].to(powers.dtype)
+        )
+    return y.flatten(3).flatten(1, 2)[:, :tokens], state.flatten(1, 2)
+
+
+def modal_conv_reference(
+    x: Tensor,
+    log_time: Tensor,
+    frequency: Tensor,
+    residue: Tensor,
+    short: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """`modal_conv`'s definition: u = bias + short * x + scale (modal * x), and SiLU(u) or u."""
+    inner = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with without_autocast(x):
+        wide = x.to(inner)
+        u, _ = modal_scan(wide, *(t.to(inner) for t in (log_time, frequency, residue)))
+        if scale is not None:
+            u = u * scale.to(inner)
+        for lag in range(0 if short is None else min(short.shape[1], x.shape[1])):
+            assert short is not None
+            u = u + short[:, lag].to(inner) * torch.nn.functional.pad(wide, (0, 0, lag, -lag))
+        if bias is not None:
+            u = u + bias.to(inner)
+        return (torch.nn.functional.silu(u) if silu else u).to(x.dtype)
