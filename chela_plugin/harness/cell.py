@@ -159,7 +159,7 @@ class CellRunner:
         saved = load_tensors(path)
         if saved is None:
             raise ResultsError(
-                f"{path} is missing or damaged, and the test split was not read yet for {run['mixer']}; "
+                f"{path} is missing, and the test split was not read yet for {run['mixer']}; "
                 f"restore it, or remove the line of run {run['cell']} from results.jsonl"
             )
         with training.reproducible(self.config.training.threads):

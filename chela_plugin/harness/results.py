@@ -12,9 +12,11 @@ No pickle anywhere: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -46,13 +48,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
-    _sync_folder(path.parent)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> ResultsError:
+def unwritable(path: Path, error: OSError) -> ResultsError:
+    """The error for a file that the system refused to write."""
     return ResultsError(
         f"cannot write {path}: {error.strerror or error}. Finished runs are kept; mend it and start again"
     )
@@ -85,7 +89,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
             record = json.loads(line)
             if not isinstance(record, dict) or not {"record", "cell"} <= record.keys() or not line.endswith(b"\n"):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             if not line.endswith(b"\n"):
                 break
             raise ResultsError(
@@ -115,7 +119,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         version = int(manifest["version"])
         if not isinstance(manifest["ablations"], dict):
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ResultsError(f"{path} was not written by this harness; give another --out") from None
     if version != VERSION:
         raise ResultsError(
@@ -202,9 +206,9 @@ class ResultsFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if log.exists():
+            with suppress(OSError):  # what can't be cut off now is a torn line, which the next start cuts off
                 os.truncate(log, before)
-            raise _unwritable(log, error) from error
+            raise unwritable(log, error) from error
         self.records.append(record)
 
     def drop_checkpoint(self, cell_id: str) -> None:
@@ -213,20 +217,46 @@ class ResultsFolder:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able state as one safetensors file, atomically."""
+    """Write tensors and a JSON-able state as one safetensors file, atomically, with a SHA-256 of all of it inside."""
     from safetensors.torch import save
 
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(copies, metadata={"state": canonical_json(state)}))
+    text = canonical_json(state)
+    write_atomically(path, save(copies, metadata={"state": text, "sha256": _checksum(copies, text)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `save_tensors` wrote, or None where the file is missing or damaged."""
+    """What `save_tensors` wrote, or None where there is no such file.
+
+    Raises ResultsError for a file that is damaged, were it by one bit, or that another program wrote. No interrupted
+    write leaves such a file.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if not path.exists():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118  # no mapping: it can't be iterated
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
+            metadata = file.metadata() or {}
+            text, checksum = metadata["state"], metadata["sha256"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping: it can't be iterated
+        if _checksum(tensors, text) != checksum:
+            raise ValueError("its checksum differs")
+        return tensors, json.loads(text)
+    except KeyError as error:
+        reason = f"it has no {error}, which this harness writes"
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = str(error)
+    raise ResultsError(f"{path} is damaged or of another program ({reason}); restore it, or remove it to start over")
+
+
+def _checksum(tensors: dict[str, Tensor], state: str) -> str:
+    """SHA-256 of names, dtypes, shapes and values, and of the state's text."""
+    import torch
+
+    total = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()

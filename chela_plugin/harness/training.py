@@ -6,6 +6,7 @@ checkpoint is therefore weights, optimiser and counters, and an interrupted run 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from chela_plugin.harness.config import ConfigError, Training
 from chela_plugin.harness.data_order import batch_rows, generator
 from chela_plugin.harness.extras import need
 from chela_plugin.harness.grid import score_rank
-from chela_plugin.harness.results import load_tensors, save_tensors
+from chela_plugin.harness.results import ResultsError, load_tensors, save_tensors
 from chela_plugin.harness.tasks import IGNORE, Examples
 
 UNTIMED_STEPS = 3  # the first steps of a process allocate, autotune and compile; tokens/s leaves them out
@@ -71,6 +72,10 @@ class Progress:
     timed_steps: int = 0
     timed_seconds: float = 0.0
     peak_bytes: int | None = None  # CUDA allocator; a CPU process has no such figure of its own
+    # Digests of what all steps so far were given: rows of the training split, and the schedule as a share of its peak.
+    # None after a checkpoint of a version that kept none.
+    order: str | None = ""
+    schedule: str | None = ""
     history: dict[str, list[float]] = field(
         default_factory=lambda: {"step": [], "seconds": [], "train_loss": [], "validation": [], "validation_loss": []}
     )
@@ -82,6 +87,11 @@ def learning_rate_at(step: int, peak: float, config: Training) -> float:
         return peak * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def chained(before: str | None, step: bytes) -> str | None:
+    """The digest of a sequence of steps, from the digest of all before the last and the last one."""
+    return None if before is None else hashlib.sha256(before.encode() + step).hexdigest()[:16]
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -164,7 +174,7 @@ def run(
     """Train, or go on where the last checkpoint in `folder` stands; leaves the best weights in `best.safetensors`.
 
     "Best" is by the validation split, read every `evaluate_every` steps and at the end. Raises Diverged, Interrupted
-    (after saving), and whatever the model raises.
+    (after saving), ResultsError for a checkpoint that is damaged or of another run, and whatever the model raises.
     """
     torch.manual_seed(seed)
     plain = build()
@@ -177,7 +187,12 @@ def run(
     device = fabric.device
     saved = load_tensors(checkpoint)
     if saved is not None:
-        progress, best, losses = _restore(plain, optimizer, *saved)
+        try:
+            progress, best, losses = _restore(plain, optimizer, *saved)
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise ResultsError(
+                f"{checkpoint} is of another run than this one ({error}); remove it to start this run over"
+            ) from error
     clock = _Clock(progress, device)
     model.train()
     if device.type == "cuda":
@@ -193,6 +208,9 @@ def run(
         targets = train.targets[rows].long().to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, learning_rate, config)
+        progress.order = chained(progress.order, rows.numpy().tobytes())
+        # 6 digits: the same on machines whose cosines differ in the last bit
+        progress.schedule = chained(progress.schedule, f"{learning_rate_at(step, 1.0, config):.6g}".encode())
         loss = loss_sum(model(as_model_input(inputs).to(device)), targets) / (targets != IGNORE).sum()
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
@@ -272,6 +290,7 @@ def _restore(
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     device = next(model.parameters()).device
     losses = [torch.tensor(value, device=device) for value in state.pop("losses")]
+    state = {"order": None, "schedule": None} | state
     return Progress(**state), part("best/"), losses
 
 

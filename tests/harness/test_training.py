@@ -9,7 +9,7 @@ from torch import nn
 from chela_plugin.harness import training
 from chela_plugin.harness.backbones import UnmatchedParameters, match_parameters
 from chela_plugin.harness.config import Training
-from chela_plugin.harness.results import load_tensors
+from chela_plugin.harness.results import ResultsError, load_tensors
 from chela_plugin.harness.tasks import Examples
 
 RECIPE = Training(steps=12, batch_size=4, warmup_steps=2, evaluate_every=4, accelerator="cpu")
@@ -96,13 +96,24 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(tmp_path, fabric):
     assert_same_run(tmp_path / "whole", tmp_path / "dead", "best.safetensors")
 
 
-def test_a_damaged_checkpoint_starts_the_run_over(tmp_path, fabric):
+def test_a_damaged_checkpoint_is_an_error_and_its_removal_starts_the_run_over(tmp_path, fabric):
     whole = run(tmp_path / "whole", fabric)
     with pytest.raises(training.Interrupted):
         run(tmp_path / "cut", fabric, Watcher(stop_after=5))
     path = tmp_path / "cut" / "run.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ResultsError, match=r"run\.safetensors is damaged .* remove it to start over"):
+        run(tmp_path / "cut", fabric)
+    path.unlink()
     assert without_clock(run(tmp_path / "cut", fabric)) == without_clock(whole)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path, fabric):
+    with pytest.raises(training.Interrupted):
+        run(tmp_path / "cut", fabric, Watcher(stop_after=5))
+    wider = nn.Sequential(nn.Flatten(), nn.Linear(6, 9), nn.Linear(9, 2))
+    with pytest.raises(ResultsError, match=r"run\.safetensors is of another run"):
+        run(tmp_path / "cut", fabric, build=lambda: wider)
 
 
 def test_half_precision_trains_and_resumes_as_full_precision_does(tmp_path):
