@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -117,6 +118,55 @@ def report(
     _say(f"{check}: {count} tables, {len(wrong)} differences from {folder}")
     if wrong:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(metavar="operators|layers|vision|lm|plot", help="What to time; or `plot`.")],
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE.json]", help="For plot: the record to draw.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, or cpu at small sizes; default: the GPU if any.")] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="Only what this regular expression finds, e.g. 'T=4096 .*chela'; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON record, written case by case; for plot: the PNG.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of interleaved timing.")] = 15,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for warming up one contender, compilation included.")] = 120,
+    revision: Annotated[str | None, typer.Option(help="Of the code, where there is no git repository.")] = None,
+) -> None:
+    """Time ours and every available peer, interleaved in one process; `chela bench plot FILE.json` draws a record."""
+    from chela_plugin.harness.config import ConfigError
+
+    if suite == "plot":
+        from chela_plugin.bench.plot import draw
+
+        if file is None:
+            raise ConfigError("chela bench plot takes the JSON file that a suite wrote")
+        _say(f"curves  {draw(file, out)}")
+        return
+    if file is not None:
+        raise ConfigError(f"chela bench {suite} takes no file ({file}); --out names the record that it writes")
+    # Before torch starts: contenders of different shapes in one process would fragment the memory.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    from chela_plugin.bench.suites import SUITES
+    from chela_plugin.bench.suites import bench as run
+
+    if suite not in SUITES:
+        raise ConfigError(f"no suite {suite!r}; choose one of {', '.join(SUITES)}, or plot")
+    record = run(
+        suite,
+        console,
+        device=device,
+        filters=filters or [],
+        out=out,
+        rounds=rounds,
+        budget_s=budget,
+        revision=revision,
+    )
+    for row in record["skipped"]:
+        _say(f"skipped {row['name']}: {row['reason']}")
+    if out is not None:
+        _say(f"record  {out}")
 
 
 def _report(folder: Path) -> bool:

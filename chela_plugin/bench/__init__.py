@@ -1,0 +1,1 @@
+"""`chela bench`: operators, layers, vision backbones and language models, ours and the peers' interleaved."""
