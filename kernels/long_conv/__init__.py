@@ -1,4 +1,4 @@
-"""Exact depthwise convolution with filters as long as the sequence, or shorter, or longer."""
+"""Depthwise convolution with filters as long as the sequence: any taps (`long_conv`), or modal ones (`modal_conv`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from chela_plugin.kernels.backend import backend, may_read, traced
 from chela_plugin.kernels.packing import check_cu_seqlens
 
+from .modal import modal_conv
 from .reference import long_conv_reference
 
-__all__ = ["long_conv"]
+__all__ = ["long_conv", "modal_conv"]
 
 
 def long_conv(

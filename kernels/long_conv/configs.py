@@ -82,3 +82,31 @@ def algorithm(tokens: int, first_lag: int, last_lag: int, dtype: torch.dtype, *,
     """'toeplitz' or 'fft'."""
     lags = average_lags(tokens, first_lag, last_lag)
     return "fft" if lags >= FFT_FROM[arithmetic(dtype)][backward] else "toeplitz"
+
+
+class ModalBlocks(NamedTuple):
+    """chunk: tokens a chunk. columns: segments times channels a program. warps and stages: as Triton has them."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'forward' or 'backward'. All share one chunk."""
+    if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
+        return ModalBlocks(64, 64, 8 if part == "backward" else 4, 1)
+    return ModalBlocks(64, 64, 8 if part == "backward" else 4, 2 if part == "ends" else 1)
+
+
+def modal_segment_size(batch: int, tokens: int, filters: int) -> int:
+    """Tokens of a segment, a multiple of the chunk: whole rows where these fill the device, else as many as do.
+
+    Segments cost one more pass over x for the states between them."""
+    wanted = 2048 // max(filters, 1)  # programs of 4 segments each: 512, almost four on each of an H100's processors
+    rows = max(batch, 1)
+    if rows >= wanted // 2:
+        return max(-(-tokens // 64) * 64, 64)
+    size = tokens * rows // max(wanted, 1)
+    return max(1 << max(size - 1, 0).bit_length(), 256)

@@ -1,0 +1,85 @@
+"""Short taps and a modal filter in one pass, at a cost a token that does not grow with the length."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from chela_plugin.kernels.backend import backend, may_read, traced
+from chela_plugin.kernels.packing import check_cu_seqlens
+
+from .reference import modal_conv_reference
+
+MAX_SHORT = 8
+
+
+def modal_conv(
+    x: Tensor,
+    log_time: Tensor,
+    frequency: Tensor,
+    residue: Tensor,
+    *,
+    short: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """u = bias + short * x + scale (modal * x), causal, and SiLU(u) if `silu`. Differentiable in all tensors.
+
+    The modal filter of group g is tap_j = Re sum_m c_m (1 - |p_m|) p_m^j, p = exp(-exp(-log_time) + i frequency), c the
+    residue; D / G neighbouring channels share one. The result is `long_conv`'s with these taps, causal bit for bit, but
+    no tap beyond one chunk of 64 is ever formed: a chunk's own tokens meet a triangular matrix, all before it a state of
+    the modes (formulas in `reference.py`). In bf16 and fp16 the chunk's matrices are rounded to x's dtype; states stay
+    in fp32.
+
+    Args:
+        x: `[B, T, D]`, floating point; read fastest where the channels are contiguous.
+        log_time: `[G, M]`, log of each mode's time constant in tokens. D is a multiple of G.
+        frequency: `[G, M]`, radians a token.
+        residue: `[G, M, 2]`, real and imaginary parts.
+        short: `[D, K]`, K at most 8, tap 0 at lag 0; or None.
+        scale, bias: `[D]` or None.
+        cu_seqlens: `[N + 1]`, as in `long_conv`.
+
+    Returns:
+        `[B, T, D]` in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes that don't fit one another, or cu_seqlens that don't cut x.
+    """
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"modal_conv expects a floating-point x of shape [B, T, D], got {x.dtype} {list(x.shape)}")
+    channels = x.shape[2]
+    if log_time.dim() != 2 or log_time.numel() == 0 or channels % log_time.shape[0]:
+        raise ValueError(
+            f"log_time must be [G, M] with D = {channels} a multiple of G and M at least 1, got {list(log_time.shape)}"
+        )
+    if frequency.shape != log_time.shape or residue.shape != (*log_time.shape, 2):
+        raise ValueError(
+            f"frequency must be [G, M] and residue [G, M, 2] with [G, M] = {list(log_time.shape)} as in log_time, "
+            f"got {list(frequency.shape)} and {list(residue.shape)}"
+        )
+    if short is not None and (short.dim() != 2 or short.shape[0] != channels or not 1 <= short.shape[1] <= MAX_SHORT):
+        raise ValueError(f"short must be [D, K] with D = {channels}, K from 1 to {MAX_SHORT}, got {list(short.shape)}")
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None and value.shape != (channels,):
+            raise ValueError(f"{name} must be of shape [{channels}], got {list(value.shape)}")
+    if cu_seqlens is not None:
+        if cu_seqlens.device != x.device:
+            raise ValueError(f"cu_seqlens must be on {x.device} like x, got {cu_seqlens.device}")
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=may_read(cu_seqlens))
+    inputs = (log_time, frequency, residue, short, scale, bias)
+    if backend(x.device, x.dtype) == "reference":
+        if cu_seqlens is None:
+            return modal_conv_reference(x, *inputs, silu)
+        pairs = [(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
+        return torch.cat([modal_conv_reference(x[:, a:b], *inputs, silu) for a, b in pairs], dim=1)
+    from . import ops_modal as ops
+
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs))
+    # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launches.
+    call = ops.forward_op if learns or traced(x) else ops.forward
+    return call(x, *inputs, cu_seqlens, silu, learns)[0]

@@ -1,0 +1,116 @@
+"""The modal filters' kernels as torch operators.
+
+    chela::modal_conv            y, and what the backward pass wants: u before its SiLU, the states at chunks' starts
+    chela::modal_conv_backward   gradients of x, log_time, frequency, residue, short, scale and bias
+
+An operator returns an empty tensor for what there is none of. Arguments are what `modal_conv` has checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chela_plugin.kernels.backend import multiplied_as, ready_for
+
+from . import launch_modal as launch
+
+_NAME = "chela::modal_conv"
+_FILTER = "Tensor log_time, Tensor frequency, Tensor residue, Tensor? short, Tensor? scale, Tensor? bias"
+
+
+def forward(
+    x: Tensor,
+    log_time: Tensor,
+    frequency: Tensor,
+    residue: Tensor,
+    short: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = x.dtype
+    with ready_for(x):
+        y, u, states = launch.forward(
+            x.to(multiplied_as(x)), log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save
+        )
+    return y.to(dtype), u, states
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    states: Tensor,
+    log_time: Tensor,
+    frequency: Tensor,
+    residue: Tensor,
+    short: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    computed = multiplied_as(x)
+    with ready_for(x):
+        dx, *rest = launch.backward(
+            dy.to(computed), x.to(computed), u, states, log_time, frequency, residue, short, scale, bias, cu_seqlens,
+            silu,
+        )  # fmt: skip
+    return dx.to(x.dtype), *(x.new_empty(0) if t is None else t for t in rest)  # type: ignore[return-value]
+
+
+forward_op = torch.library.custom_op(
+    _NAME,
+    forward,
+    mutates_args=(),
+    schema=f"(Tensor x, {_FILTER}, Tensor? cu_seqlens, bool silu, bool save) -> (Tensor, Tensor, Tensor)",
+)
+backward_op = torch.library.custom_op(
+    f"{_NAME}_backward",
+    backward,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, Tensor u, Tensor states, {_FILTER}, Tensor? cu_seqlens, bool silu) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@forward_op.register_fake
+def _forward_fake(x, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save):
+    computed = multiplied_as(x)
+    u = x.new_empty(x.shape if save and silu else (0,), dtype=computed)
+    states = x.new_empty(0, dtype=computed)
+    if save:
+        packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        groups, modes = log_time.shape
+        size, segments = launch.count_segments(x.shape[0], x.shape[1], packed, groups, x.shape[2])
+        width, blocks = launch.channels_of(groups, x.shape[2])
+        chunk = launch.modal_blocks_for(computed, "forward").chunk
+        shape = (segments * (size // chunk), groups * blocks, width, launch.state_places(modes))
+        states = x.new_empty(shape, dtype=computed)
+    return x.new_empty(x.shape), u, states
+
+
+@backward_op.register_fake
+def _backward_fake(dy, x, u, states, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu):
+    rest = (log_time, frequency, residue, short, scale, bias)
+    return x.new_empty(x.shape), *(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest)
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.silu, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx, dy, _du, _dstates):
+    *tensors, u, states = ctx.saved_tensors
+    x, *rest = tensors
+    found = backward_op(dy, x, u, states, *rest, ctx.silu)
+    wanted = zip(found, ctx.needs_input_grad, strict=False)
+    return *(gradient if want else None for gradient, want in wanted), None, None, None
+
+
+forward_op.register_autograd(_gradient, setup_context=_setup)
