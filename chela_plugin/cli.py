@@ -133,6 +133,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Of interleaved timing.")] = 15,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for warming up one contender, compilation included.")] = 120,
     revision: Annotated[str | None, typer.Option(help="Of the code, where there is no git repository.")] = None,
+    processes: Annotated[int, typer.Option(min=0, help="That compile kernels ahead on a GPU; 0: none.")] = 0,
 ) -> None:
     """Time ours and every available peer, interleaved in one process; `chela bench plot FILE.json` draws a record."""
     from chela_plugin.harness.config import ConfigError
@@ -162,6 +163,7 @@ def bench(
         rounds=rounds,
         budget_s=budget,
         revision=revision,
+        processes=processes,
     )
     for row in record["skipped"]:
         _say(f"skipped {row['name']}: {row['reason']}")

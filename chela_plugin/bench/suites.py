@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from chela_plugin.bench.ahead import compile_ahead
 from chela_plugin.bench.runner import run_suite
 from chela_plugin.harness.config import ConfigError
 
@@ -25,14 +26,24 @@ def bench(
     rounds: int,
     budget_s: float,
     revision: str | None,
+    processes: int,
 ) -> dict[str, Any]:
-    """Run one suite on `device` (default: the GPU where there is one) and return its record."""
+    """Run one suite on `device` (default: the GPU where there is one) and return its record.
+
+    `processes` compile ahead on a GPU (`ahead.py`); 0 leaves it to each contender's first call.
+    """
     place = device_of(device)
     cases = importlib.import_module(f"chela_plugin.bench.{suite}").cases(place)
     labels = [case.label(name, what) for case in cases for name in case.contenders for what in case.whats]
     check_filters(filters, labels)
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"the folder of --out {out} does not exist")
+    settings: dict[str, Any] = {"filters": filters, "budget_s": budget_s}
+    if place.type == "cuda" and processes:
+        # A model's kernels are its layers'.
+        ahead, words = ("layers", []) if suite == "lm" else (suite, filters)
+        settings["compiled_ahead"] = compile_ahead(ahead, words, processes, budget_s)
+        console.print(f"compiled ahead: {settings['compiled_ahead']}", markup=False)
     return run_suite(
         suite,
         cases,
@@ -43,7 +54,7 @@ def bench(
         rounds=rounds,
         budget_s=budget_s,
         revision=revision,
-        settings={"filters": filters, "budget_s": budget_s},
+        settings=settings,
     )
 
 

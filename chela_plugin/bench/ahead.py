@@ -1,0 +1,91 @@
+"""Compiles kernels in several processes before a suite runs, so that Triton's cache has them when a contender starts.
+
+Most of the time that a peer's first call takes is compiling the 100 and more configurations that its search compares.
+Here each process searches through its share of them; the suite's own search then only has to time them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from chela_plugin.bench.cases import selected
+
+
+def compile_ahead(suite: str, filters: list[str], processes: int, budget_s: float) -> dict[str, Any]:
+    """Run every selected contender of a suite once, peers in shares of their search; what is not done in time is left.
+
+    Returns the record's account of it: seconds, contenders finished and not.
+    """
+    device = torch.device("cuda")
+    tasks: list[tuple[str, int, str, int, int]] = []
+    searched: set[str] = set()
+    for i, case in enumerate(importlib.import_module(f"chela_plugin.bench.{suite}").cases(device)):
+        for name, _ in selected(case, filters):
+            peer = name.startswith(("fla ", "mamba_ssm "))
+            if peer and name not in searched:  # a search depends on widths, not on lengths
+                tasks = [(suite, i, name, share, processes) for share in range(processes)] + tasks
+                searched.add(name)
+            elif not peer:
+                tasks.append((suite, i, name, 0, 1))
+    start = time.perf_counter()
+    done = 0
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        results = pool.imap_unordered(_compile, tasks, chunksize=1)
+        for _ in tasks:
+            try:
+                results.next(timeout=max(budget_s - (time.perf_counter() - start), 0.1))
+            except multiprocessing.TimeoutError:
+                break
+            done += 1
+        pool.terminate()
+    return {"seconds": round(time.perf_counter() - start, 1), "processes": processes, "done": done, "of": len(tasks)}
+
+
+def _compile(task: tuple[str, int, str, int, int]) -> None:
+    suite, index, name, share, shares = task
+    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"  # a share's best is not the search's
+    device = torch.device("cuda")
+    case = importlib.import_module(f"chela_plugin.bench.{suite}").cases(device)[index]
+    try:
+        if shares > 1:
+            _import_peers()
+            _keep_share(share, shares)
+        work = case.contenders[name]()
+        for run in reversed(work.runs.values()):  # forward with backward first: it compiles most
+            run()
+        torch.cuda.synchronize()
+    except Exception as error:  # the suite itself will say so
+        print(f"compiling ahead, {name}: {type(error).__name__}: {str(error)[:120]}", file=sys.stderr)
+    finally:
+        work = None
+        torch.cuda.empty_cache()  # other processes compile on this card
+
+
+def _import_peers() -> None:
+    from chela_plugin.bench import peers
+
+    peers.fla("layers")
+
+
+def _keep_share(share: int, shares: int) -> None:
+    """Leave every `shares`-th configuration, from `share` on, to each search of the peers' kernels."""
+    from triton.runtime import Autotuner
+
+    seen: set[int] = set()
+    for module_name, module in list(sys.modules.items()):
+        if not module_name.startswith(("fla.", "mamba_ssm.")) or module is None:
+            continue
+        for kernel in list(vars(module).values()):
+            depth = 0
+            while kernel is not None and not isinstance(kernel, Autotuner) and depth < 4:
+                kernel, depth = getattr(kernel, "fn", None), depth + 1
+            if isinstance(kernel, Autotuner) and id(kernel) not in seen and len(kernel.configs) > 1:
+                seen.add(id(kernel))
+                kernel.configs = kernel.configs[share::shares] or kernel.configs[:1]
