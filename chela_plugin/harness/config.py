@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from chela_plugin.harness.task_configs import builtin, lra, sequences, synthetic
 from chela_plugin.harness.task_configs.base import ConfigError, DataError, Strict, TaskConfig
@@ -23,6 +23,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "LanguageBackbone",
+    "SequenceBackbone",
     "Strict",
     "Task",
     "TaskConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "identity",
     "is_override",
     "load_ablation",
+    "load_task",
     "shipped",
 ]
 
@@ -67,7 +69,19 @@ class LanguageBackbone(Strict):
     mlp_hidden: int = Field(341, ge=1, description="of the baseline; the other mixers' is searched for")
 
 
-Backbone = Annotated[VisionBackbone | LanguageBackbone, Field(discriminator="kind")]
+class SequenceBackbone(Strict):
+    """Blocks of `ChelaForCausalLM` over tokens or signals, pooled to one answer a sequence."""
+
+    kind: Literal["sequence"]
+    dim: int = Field(128, ge=8)
+    depth: int = Field(2, ge=1)
+    mlp_hidden: int = Field(341, ge=1, description="of the baseline; the other mixers' is searched for")
+    causal: bool = Field(False, description="whether a mixer sees only what came before")
+    pooling: Literal["first", "last", "mean"] = Field("mean", description="of the tokens that are no padding")
+    positions: Literal["none", "sinusoidal"] = Field("none", description="added to the embedding; no parameters")
+
+
+Backbone = Annotated[VisionBackbone | LanguageBackbone | SequenceBackbone, Field(discriminator="kind")]
 
 
 class Training(Strict):
@@ -118,9 +132,9 @@ class Ablation(Strict):
         if self.baseline not in self.mixers:
             raise ValueError(f"baseline {self.baseline!r} is not one of the mixers: {', '.join(self.mixers)}")
         for task in self.tasks:
-            if task.backbone_kind != self.backbone.kind:
+            if self.backbone.kind not in task.backbone_kind.split():
                 raise ValueError(
-                    f"task {task.task!r} needs backbone.kind: {task.backbone_kind}, the file says {self.backbone.kind}"
+                    f"task {task.task!r} needs backbone.kind: {task.backbone_kind.replace(' ', ' or ')}, the file says {self.backbone.kind}"
                 )
         return self
 
@@ -171,6 +185,21 @@ def load_ablation(source: str | Path, overrides: Iterable[str] = ()) -> tuple[st
         raise ConfigError(f"{path}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
 
 
+def load_task(source: str | Path, overrides: Iterable[str] = ()) -> TaskConfig:
+    """Read one task: a YAML file or the bare name of a shipped one ('bytes'), with overrides as in `load_ablation`.
+
+    Raises ConfigError.
+    """
+    path = _find(str(source), "tasks")
+    data = _read(path)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return TypeAdapter(Task).validate_python(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
+
+
 def is_override(text: str) -> bool:
     """Whether a command-line word is 'dotted.key=value' and not a file."""
     return re.match(r"[A-Za-z_]\w*(\.\w+)*=", text) is not None
@@ -188,8 +217,45 @@ def _find(name: str, folder: Literal["ablations", "tasks"]) -> Path:
     raise ConfigError(f"{name!r} is no file and no shipped name; {hint}")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; a config must not."""
+MAX_CONFIG_BYTES = 65_536  # PyYAML reads about 100 KB a second, and an ablation is 2
+MAX_CONFIG_VALUES = 10_000  # with every alias written out
+MAX_CONFIG_INT = 2**63 - 1
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Plain data within bounds, and no key twice: PyYAML keeps the last of two equal keys in silence.
+
+    Aliases count as what they stand for. Ten anchors of ten aliases each are ten billion values once something
+    walks over them, if only to show them in an error.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
+        if id(node) in known:
+            size = known[id(node)]  # 0 while the node's own parts are counted
+            if not size:
+                raise yaml.composer.ComposerError(None, None, "an alias of what it is a part of", node.start_mark)
+            return size
+        known[id(node)] = 0
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        size = 1
+        for part in parts:
+            size += sum(self._count(n, known) for n in (part if isinstance(part, tuple) else (part,)))
+        if size > MAX_CONFIG_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_CONFIG_VALUES:,} values", node.start_mark)
+        known[id(node)] = size
+        return size
+
+    def construct_bounded_int(self, node: yaml.ScalarNode) -> int:
+        value = self.construct_yaml_int(node)
+        if abs(value) > MAX_CONFIG_INT:
+            raise yaml.constructor.ConstructorError(None, None, "a whole number has at most 64 bits", node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -201,12 +267,33 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_ConfigLoader.add_constructor("tag:yaml.org,2002:int", _ConfigLoader.construct_bounded_int)
+
+
+def _load(text: str) -> Any:
+    """The data of a YAML text. Raises ValueError with the reason and the place."""
+    try:
+        return yaml.load(text, Loader=_ConfigLoader)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        # What PyYAML's constructors let through for `!!bool 3`, `2001-99-99` or 5,000 digits.
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        with open(path, "rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is no configuration: it is longer than {MAX_CONFIG_BYTES:,} bytes")
+    try:
+        data = _load(content.decode())
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, found {type(data).__name__}")
@@ -217,8 +304,8 @@ def _override(data: dict[str, Any], text: str) -> None:
     key, _, value = text.partition("=")
     *parents, last = key.split(".")
     try:
-        parsed = yaml.load(value, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        parsed = _load(value)
+    except ValueError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
     place: Any = data
     for i, part in enumerate(parents):
@@ -242,5 +329,10 @@ def _override(data: dict[str, Any], text: str) -> None:
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {_shown(error['input'])})"
     return f"{where}: {message}{given}" if where else message + given
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

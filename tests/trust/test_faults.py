@@ -184,7 +184,11 @@ def test_no_load_path_can_unpickle_or_evaluate():
                     pair = (call.value.id, call.attr)
                     if pair == ("yaml", "load"):
                         loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
-                        names = [] if loader in (["_UniqueKeyLoader"], ["yaml.SafeLoader"]) else ["yaml.load"]
+                        names = (
+                            []
+                            if loader in (["_ConfigLoader"], ["yaml.SafeLoader"], ["yaml.BaseLoader"])
+                            else ["yaml.load"]
+                        )
                     else:
                         names = [".".join(pair)] if pair in UNPICKLES else []
             for keyword in getattr(node, "keywords", ()) if isinstance(node, ast.Call) else ():
