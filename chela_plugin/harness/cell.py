@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from chela_plugin.harness import backbones, environment, training
-from chela_plugin.harness.config import Ablation, TaskConfig
+from chela_plugin.harness.config import Ablation, ConfigError, TaskConfig, identity
 from chela_plugin.harness.extras import MissingPackage
 from chela_plugin.harness.grid import Cell
-from chela_plugin.harness.results import Record, ResultsError, load_tensors
+from chela_plugin.harness.results import Record, ResultsError, load_tensors, unwritable
 from chela_plugin.harness.tasks import Examples, Split, augment, examples
+from chela_plugin.harness.trackers import Curves
 
 
 class Listener(Protocol):
@@ -37,21 +38,17 @@ def origin(cell: Cell) -> Record:
 
 
 class _Watcher:
-    """A listener, and TensorBoard for the scalars."""
+    """A listener, and the trackers for the scalars."""
 
-    def __init__(self, listener: Listener, board: Any):
-        self.step, self.stop, self.board = listener.step, listener.stop, board
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+    def __init__(self, listener: Listener, curves: Curves):
+        self.step, self.stop, self.scalars = listener.step, listener.stop, curves.scalars
 
 
 class CellRunner:
     """Runs cells of one ablation; what they share (data, parameter counts) is made once."""
 
-    def __init__(self, config: Ablation, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Ablation, folder: Path, trackers: Sequence[str] = ()):
+        self.config, self.folder, self.trackers = config, folder, trackers
         self.fabric = training.new_fabric(config.training)
         self.tasks: dict[str, TaskConfig] = {task.task: task for task in config.tasks}
         self.data: Callable[[str, Split], Examples] = lru_cache(None)(self._read)
@@ -79,20 +76,24 @@ class CellRunner:
     def cell_folder(self, cell_id: str) -> Path:
         """Where a run keeps its checkpoint and its best weights."""
         path = self.folder / "cells" / cell_id
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(path, error) from error
         return path
 
     def run(self, cell: Cell, listener: Listener) -> Record:
         """One cell, from wherever it stands to its record; a failure is a record too.
 
-        Raises what ends the whole ablation: training.Interrupted, ResultsError (the disk), MissingPackage.
+        Raises what ends the whole ablation: training.Interrupted, ResultsError (the disk), MissingPackage, ConfigError
+        (data or a device that is not there, a tracker that can't start).
         """
         record = origin(cell)
         try:
             with training.reproducible(self.config.training.threads):
                 record |= {"device": environment.device_name(self.fabric.device)}
                 return record | self._train(cell, listener) | {"status": "finished"}
-        except (ResultsError, training.Interrupted, MissingPackage):
+        except (ResultsError, training.Interrupted, MissingPackage, ConfigError):
             raise
         except training.Diverged as error:
             return record | {"status": "diverged", "reason": str(error)}
@@ -100,8 +101,6 @@ class CellRunner:
             return record | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
     def _train(self, cell: Cell, listener: Listener) -> Record:
-        from torch.utils.tensorboard import SummaryWriter
-
         task, config = self.tasks[cell.task], self.config
         match = self.match(cell.task, cell.mixer)
         train, validation = self.data(cell.task, "train"), self.data(cell.task, "validation")
@@ -115,9 +114,7 @@ class CellRunner:
         def augmented(inputs: Tensor, generator: Any) -> Tensor:
             return augment(task, inputs, generator)
 
-        board = SummaryWriter(str(self.folder / "tensorboard" / cell.ablation / cell.task / cell.id))
-        try:
-            board.add_text("run", str(cell))
+        with Curves(self.folder, cell, identity(config), self.trackers) as curves:
             done = training.run(
                 lambda: self.model(cell.task, cell.mixer, match.mlp_hidden),
                 train,
@@ -129,10 +126,8 @@ class CellRunner:
                 folder=self.cell_folder(cell.id),
                 checkpoint_seconds=config.checkpoint_seconds,
                 fabric=self.fabric,
-                watcher=_Watcher(listener, board),
+                watcher=_Watcher(listener, curves),
             )
-        finally:
-            board.close()
         chosen = done.history["step"].index(done.best_step)
         return {
             "metric": train.metric,
@@ -141,6 +136,9 @@ class CellRunner:
             "best_step": done.best_step,
             "steps": done.step,
             "tokens": done.step * tokens,
+            "sequence_length": tokens // config.training.batch_size,
+            "order": done.order,
+            "schedule": done.schedule,
             "tokens_per_second": done.timed_steps * tokens / done.timed_seconds if done.timed_steps else None,
             "seconds": done.seconds,
             "peak_bytes": done.peak_bytes,
@@ -170,5 +168,6 @@ class CellRunner:
                 self.fabric.setup(model), data, self.config.training.batch_size, self.fabric.device
             )
         record: Record = {"record": "test", "metric": data.metric, "test": score.metric, "test_loss": score.loss}
+        record |= {"slices": score.slices} if score.slices else {}
         record |= {key: run[key] for key in ("ablation", "task", "mixer", "seed", "learning_rate", "cell")}
         return record | {"data": {"test": data.sha256()}}
