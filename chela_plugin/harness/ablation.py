@@ -19,6 +19,7 @@ from chela_plugin.harness.extras import need
 from chela_plugin.harness.grid import Cell, cells, choose_learning_rate, is_settled, latest_runs
 from chela_plugin.harness.progress import PlainProgress, progress_for
 from chela_plugin.harness.results import Record, ResultsError, ResultsFolder
+from chela_plugin.harness.tasks import prepare
 from chela_plugin.harness.training import Interrupted
 from chela_plugin.harness.workers import default_workers, run_here, run_in_processes, stop_on_signals
 
@@ -51,6 +52,8 @@ def run_ablations(ablations: dict[str, Ablation], out: Path, console: Console, w
         steps = {name: ablation.training.steps for name, ablation in ablations.items()}
         events = _Events(results, display, steps)
         runner = lru_cache(None)(lambda name: CellRunner(ablations[name], results.path))
+        for name, task in dict.fromkeys((cell.ablation, cell.task) for cell in pending):
+            prepare(next(config for config in ablations[name].tasks if config.task == task))
         if pending:
             _check_data(runner, results.records)
         workers = min(workers or default_workers(list(ablations.values())), len(pending))
@@ -106,7 +109,7 @@ def _check(ablation: Ablation) -> None:
     """Raise what can be known before any work: a missing package, a mixer string that nobody understands."""
     for package in ("lightning", "tensorboard", "matplotlib"):
         need(package, "harness")
-    if ablation.backbone.kind == "language":
+    if ablation.backbone.kind != "vision":
         need("transformers", "lm")
     else:
         import timm
@@ -116,8 +119,9 @@ def _check(ablation: Ablation) -> None:
         name, known = ablation.backbone.model, timm.list_models("chela_vit*")
         if name not in known:
             raise ConfigError(f"backbone.model {name!r} is no chela_vit; choose one of {', '.join(known)}")
-    if any(task.task == "digits" for task in ablation.tasks):
-        need("sklearn", "harness")
+    for task in ablation.tasks:
+        for package, extra in task.packages:
+            need(package, extra)
     from chela_plugin.registry import MixerSpecError, MixerUnavailableError, parse_pattern
 
     for mixer in ablation.mixers:

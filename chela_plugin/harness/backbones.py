@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from chela_plugin.harness.config import LanguageBackbone, VisionBackbone
+from chela_plugin.harness.config import LanguageBackbone, SequenceBackbone, VisionBackbone
 from chela_plugin.harness.extras import need
 from chela_plugin.harness.tasks import Examples
 
+Backbone = VisionBackbone | LanguageBackbone | SequenceBackbone
 Build = Callable[[int], nn.Module]  # the MLP's hidden width -> a model
 
 
@@ -31,7 +32,7 @@ class _Logits(nn.Module):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
-def build(config: VisionBackbone | LanguageBackbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.Module:
+def build(config: Backbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.Module:
     """A model from a batch of inputs to logits. `data` gives the input's shape and the number of classes."""
     if isinstance(config, LanguageBackbone):
         need("transformers", "lm")
@@ -40,7 +41,7 @@ def build(config: VisionBackbone | LanguageBackbone, data: Examples, mixer: str,
         return _Logits(
             ChelaForCausalLM(
                 ChelaConfig(
-                    vocab_size=data.classes,
+                    vocab_size=data.vocabulary or data.classes,
                     hidden_size=config.dim,
                     num_hidden_layers=config.depth,
                     intermediate_size=mlp_hidden,
@@ -48,6 +49,9 @@ def build(config: VisionBackbone | LanguageBackbone, data: Examples, mixer: str,
                 )
             )
         )
+    if isinstance(config, SequenceBackbone):
+        need("transformers", "lm")
+        return _sequence_model(config, data, mixer, mlp_hidden)
     import timm
 
     import chela_plugin.vision  # noqa: F401  # registers chela_vit_*, also where the autoload hook is switched off
@@ -67,6 +71,30 @@ def build(config: VisionBackbone | LanguageBackbone, data: Examples, mixer: str,
         weight_init=config.weight_init,
         # timm takes int(dim * ratio): half a unit keeps the product from rounding below the width that was asked for.
         mlp_ratio=(mlp_hidden + 0.5) / config.dim,
+    )
+
+
+def _sequence_model(config: SequenceBackbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.Module:
+    from chela_plugin.harness.sequence_model import SequenceModel
+    from chela_plugin.lm import ChelaConfig
+
+    signal = data.inputs.is_floating_point()
+    return SequenceModel(
+        ChelaConfig(
+            vocab_size=data.vocabulary or data.classes,
+            hidden_size=config.dim,
+            num_hidden_layers=config.depth,
+            intermediate_size=mlp_hidden,
+            mixer=mixer,
+        ),
+        data.classes,
+        channels=data.inputs.shape[2] if signal else 0,
+        causal=config.causal,
+        pooling=config.pooling,
+        positions=config.positions == "sinusoidal",
+        padding=data.padding,
+        pair=not signal and data.inputs.ndim == 3,
+        reconstruct=data.targets.ndim == 2,
     )
 
 
@@ -158,8 +186,12 @@ def bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def tokens_per_example(config: VisionBackbone | LanguageBackbone, data: Examples) -> int:
-    """Tokens that a mixer sees of one example: patches of an image, or the sequence's length."""
+def tokens_per_example(config: Backbone, data: Examples) -> int:
+    """Tokens that a mixer sees of one example at most: patches of an image, or the sequence's length with padding."""
     if isinstance(config, LanguageBackbone):
         return data.inputs.shape[1]
+    if isinstance(config, SequenceBackbone):
+        return data.inputs.shape[1] * (
+            data.inputs.shape[2] if not data.inputs.is_floating_point() and data.inputs.ndim == 3 else 1
+        )
     return (data.inputs.shape[2] // config.patch_size) * (data.inputs.shape[3] // config.patch_size)

@@ -133,8 +133,9 @@ class Ablation(Strict):
             raise ValueError(f"baseline {self.baseline!r} is not one of the mixers: {', '.join(self.mixers)}")
         for task in self.tasks:
             if self.backbone.kind not in task.backbone_kind.split():
+                wanted = task.backbone_kind.replace(" ", " or ")
                 raise ValueError(
-                    f"task {task.task!r} needs backbone.kind: {task.backbone_kind.replace(' ', ' or ')}, the file says {self.backbone.kind}"
+                    f"task {task.task!r} needs backbone.kind: {wanted}, the file says {self.backbone.kind}"
                 )
         return self
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chela_plugin.harness.backbones import bits, loss_sum
 from chela_plugin.harness.config import ConfigError, Training
-from chela_plugin.harness.data_order import batch_rows, generator
+from chela_plugin.harness.data_order import batch_rows, bucket_rows, generator
 from chela_plugin.harness.extras import need
 from chela_plugin.harness.grid import score_rank
 from chela_plugin.harness.results import ResultsError, load_tensors, save_tensors
@@ -56,6 +56,7 @@ class Score:
 
     metric: float
     loss: float
+    slices: dict[str, float] = field(default_factory=dict)  # accuracy of each part of the split that has a name
 
     def rank(self, metric: str) -> tuple[float, float]:
         """Larger is better."""
@@ -115,16 +116,24 @@ def as_model_input(inputs: Tensor) -> Tensor:
 def evaluate(model: nn.Module, data: Examples, batch_size: int, device: torch.device) -> Score:
     """Metric and loss of a whole split, in its own order."""
     model.eval()
-    nats = right = count = 0.0
+    nats = count = 0.0
+    parts = torch.zeros(2, max(1, len(data.slices)), dtype=torch.float64)  # right answers and answers of each slice
     for start in range(0, len(data), batch_size):
-        inputs = as_model_input(data.inputs[start : start + batch_size]).to(device)
-        targets = data.targets[start : start + batch_size].long().to(device)
-        logits = model(inputs)
+        rows = slice(start, start + batch_size)
+        inputs, targets = data.batch(rows)
+        targets = targets.long().to(device)
+        logits = model(as_model_input(inputs).to(device))
         nats += loss_sum(logits, targets).item()
-        right += (logits.argmax(-1) == targets).sum().item()
-        count += (targets != IGNORE).sum().item()
+        counted = targets != IGNORE
+        count += counted.sum().item()
+        right = (logits.argmax(-1) == targets).reshape(len(inputs), -1).sum(1)
+        both = torch.stack((right, counted.reshape(len(inputs), -1).sum(1))).double().cpu()
+        of = torch.zeros(len(inputs)) if data.slice_of is None else data.slice_of[rows]
+        parts.index_add_(1, of.long(), both)
     model.train()
-    return Score(right / count if data.metric == "accuracy" else bits(nats / count), nats / count)
+    slices = {name: (parts[0, i] / parts[1, i]).item() for i, name in enumerate(data.slices) if parts[1, i] > 0}
+    accuracy = (parts[0].sum() / parts[1].sum()).item()
+    return Score(accuracy if data.metric == "accuracy" else bits(nats / count), nats / count, slices)
 
 
 @contextmanager
@@ -203,9 +212,12 @@ def run(
         step = progress.step
         clock.start()
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator("dropout", seed, step))))
-        rows = batch_rows(len(train), config.batch_size, seed, step)
-        inputs = augment(train.inputs[rows], generator("augment", seed, step))
-        targets = train.targets[rows].long().to(device)
+        if train.buckets is None:
+            rows = batch_rows(len(train), config.batch_size, seed, step)
+        else:
+            rows = bucket_rows(train.buckets, config.batch_size, seed, step)
+        inputs, targets = train.batch(rows)
+        inputs, targets = augment(inputs, generator("augment", seed, step)), targets.long().to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, learning_rate, config)
         progress.order = chained(progress.order, rows.numpy().tobytes())

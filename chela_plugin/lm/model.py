@@ -32,6 +32,8 @@ class SwiGLU(nn.Module):
 class ChelaBlock(GradientCheckpointingLayer):
     """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
 
+    causal = True
+
     def __init__(self, config: ChelaConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -46,7 +48,7 @@ class ChelaBlock(GradientCheckpointingLayer):
     def _new_mixer(self, **placement) -> nn.Module:
         depth = self.config.num_hidden_layers
         return create_mixer(
-            self.mixer_spec, self.config.hidden_size, causal=True, depth=depth, layer_idx=self.layer_idx, **placement
+            self.mixer_spec, self.config.hidden_size, causal=self.causal, depth=depth, layer_idx=self.layer_idx, **placement
         )
 
     def fill_mixer(self) -> None:

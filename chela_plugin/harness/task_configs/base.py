@@ -37,12 +37,14 @@ class Strict(BaseModel):
 class TaskConfig(Strict):
     """A task. Its class says on which kind of backbone it runs, and which module makes its tensors.
 
-    backbone_kind: 'vision', 'language' or 'sequence'.
+    backbone_kind: 'vision', 'language' or 'sequence'; several with a space between.
     module: dotted name under `chela_plugin.harness.tasks`.
     packages: (package, extra) pairs that must be installed for it.
+    generated: whether its examples are made by rule and kept in the cache.
     """
 
     backbone_kind: ClassVar[str]
     module: ClassVar[str]
     packages: ClassVar[tuple[tuple[str, str], ...]] = ()
+    generated: ClassVar[bool] = False
     task: str
