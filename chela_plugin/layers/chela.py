@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
+from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import MAX_WIDTH, linear_attention, linear_attention_step
 
 from .initial import reset_projections
@@ -184,19 +185,15 @@ class Chela(Mixer):
 
     def joined(self, o: Tensor, v: Tensor, z: Tensor, x: Tensor) -> Tensor:
         """What follows the attention: skip, norm, gate, output projection, update gate. o, v `[B, T, H, V]`."""
-        if self.skip is not None:
-            o = o + self.skip.to(v.dtype)[:, None] * v
-        y = (self.rms_norm(o) * self.head_norm.to(o.dtype)).flatten(-2)
-        if self.g is not None:
-            y = y * F.silu(self.g(z))
-        y = self.proj(y)
+        y = self.proj(self.normed(o, v, None if self.g is None else self.g(z)))
         if self.u is not None:
             update = torch.sigmoid(self.u(z))
             y = update * y + (1 - update) * x
         return y
 
-    def rms_norm(self, o: Tensor) -> Tensor:
-        return F.rms_norm(o, [self.value_dim], eps=1e-5)
+    def normed(self, o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+        """RMSNorm_head(o + d v) * SiLU(gate), `[B, T, H V]`."""
+        return gated_norm(o, self.head_norm, gate, v=None if self.skip is None else v, skip=self.skip)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, mask: Tensor | None, cache: Cache | None
@@ -258,10 +255,14 @@ class PlainChela(Chela):
         o = precise(q) @ (precise(k).transpose(-1, -2) @ precise(v).transpose(1, 2)) * self.key_dim**-0.5
         return self.joined(o.transpose(1, 2).to(x.dtype), v, z, x)
 
-    def rms_norm(self, o: Tensor) -> Tensor:
-        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks it.
+    def normed(self, o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks rms_norm.
+        if self.skip is not None:
+            o = o + self.skip.to(v.dtype)[:, None] * v
         wide = precise(o)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
+        o = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
+        y = (o * self.head_norm.to(o.dtype)).flatten(-2)
+        return y if gate is None else y * F.silu(gate)
 
 
 def feature_map(x: Tensor, phi: str) -> Tensor:

@@ -1,0 +1,126 @@
+"""Norm and gate as torch operators: `chela::gated_norm` and its gradient. An empty tensor stands for what is absent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chela_plugin.kernels.backend import multiplied_as, ready_for
+
+from . import triton as kernels
+
+_INPUTS = "Tensor o, Tensor? v, Tensor? skip, Tensor weight, Tensor? gate"
+PROGRAMS = 512  # backward: blocks side by side, four waves of an H100; each leaves one partial sum of a weight
+
+
+def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:
+    """`x` as rows of `width` dense numbers, and the stride between rows; a copy where it can't be addressed so."""
+    flat = x.reshape(-1, width) if x.is_contiguous() else x.flatten(-2) if x.dim() == 4 else x
+    if flat.dim() == 3:
+        batch, time, _ = flat.shape
+        if batch == 1 or flat.stride(0) == time * flat.stride(1):
+            flat = flat.as_strided((batch * time, width), (flat.stride(1), flat.stride(2)), flat.storage_offset())
+        else:
+            flat = flat.reshape(-1, width)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat, flat.stride(0)
+
+
+def blocks_of(width: int) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    columns = max(16, 1 << (width - 1).bit_length())
+    return max(1, 4096 // columns), columns
+
+
+def forward(
+    o: Tensor, v: Tensor | None, skip: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
+) -> Tensor:
+    heads, width = weight.shape
+    o_rows, stride_o = rows_of(_computed(o), heads * width)
+    v_rows, stride_v = (o_rows, 0) if v is None else rows_of(_computed(v), heads * width)
+    g_rows, stride_g = (o_rows, 0) if gate is None else rows_of(_computed(gate), heads * width)
+    rows = o_rows.shape[0]
+    y = torch.empty(*o.shape[:-2], heads * width, dtype=o_rows.dtype, device=o.device)
+    block, columns = blocks_of(width)
+    with ready_for(o):
+        kernels.forward[(-(-rows // block), heads)](
+            o_rows, v_rows, weight if skip is None else skip, weight, g_rows, y, rows, stride_o, stride_v, stride_g,
+            eps, V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=4,
+        )  # fmt: skip
+    return y.to(o.dtype)
+
+
+def backward(
+    dy: Tensor, o: Tensor, v: Tensor | None, skip: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o, v, skip, weight and gate."""
+    heads, width = weight.shape
+    o_rows, stride_o = rows_of(_computed(o), heads * width)
+    dy_rows, stride_dy = rows_of(_computed(dy), heads * width)
+    v_rows, stride_v = (o_rows, 0) if v is None else rows_of(_computed(v), heads * width)
+    g_rows, stride_g = (o_rows, 0) if gate is None else rows_of(_computed(gate), heads * width)
+    rows = o_rows.shape[0]
+    block, columns = blocks_of(width)
+    all_blocks = -(-rows // block)
+    blocks = max(1, -(-all_blocks * heads // PROGRAMS))
+    programs = -(-all_blocks // blocks)
+    do = torch.empty(o.shape, dtype=o_rows.dtype, device=o.device)
+    dv = o.new_empty(0) if v is None or skip is None else torch.empty_like(do)
+    dgate = o.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=o_rows.dtype, device=o.device)
+    dweight = torch.empty(programs, heads, width, dtype=torch.float32, device=o.device)
+    dskip = torch.empty(programs, heads, dtype=torch.float32, device=o.device)
+    with ready_for(o):
+        kernels.backward[(programs, heads)](
+            dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do, dv, dgate, dweight, dskip,
+            rows, stride_dy, stride_o, stride_v, stride_g, eps, blocks,
+            V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=4,
+        )  # fmt: skip
+    dskip = o.new_empty(0) if skip is None else dskip.sum(0).to(skip.dtype)
+    return do.to(o.dtype), dv.to(o.dtype), dskip, dweight.sum(0).to(weight.dtype), dgate.to(o.dtype)
+
+
+def _computed(x: Tensor) -> Tensor:
+    return x.to(multiplied_as(x))
+
+
+forward_op = torch.library.custom_op(
+    "chela::gated_norm", forward, mutates_args=(), schema=f"({_INPUTS}, float eps) -> Tensor"
+)
+backward_op = torch.library.custom_op(
+    "chela::gated_norm_backward",
+    backward,
+    mutates_args=(),
+    schema=f"(Tensor dy, {_INPUTS}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@forward_op.register_fake
+def _forward_fake(o, v, skip, weight, gate, eps):
+    return o.new_empty(*o.shape[:-2], o.shape[-2] * o.shape[-1])
+
+
+@backward_op.register_fake
+def _backward_fake(dy, o, v, skip, weight, gate, eps):
+    nothing = o.new_empty(0)
+    return (
+        o.new_empty(o.shape),
+        nothing if v is None or skip is None else o.new_empty(v.shape),
+        nothing if skip is None else skip.new_empty(skip.shape),
+        weight.new_empty(weight.shape),
+        nothing if gate is None else o.new_empty(gate.shape),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, dy):
+    gradients = backward_op(dy, *ctx.saved_tensors, ctx.eps)
+    wanted = ctx.needs_input_grad
+    return *(x if want and x.numel() else None for x, want in zip(gradients, wanted[:5], strict=True)), None
+
+
+forward_op.register_autograd(_gradient, setup_context=_setup)
