@@ -176,7 +176,7 @@ class Chela(Mixer):
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         if mask is not None:
             x = x * mask[..., None]  # v is then 0 there too: SiLU(0 Wv) = 0
-        z = F.silu(self.conv(x, mask=mask, cache=cache, grid=grid))
+        z = self.conv(x, mask=mask, cache=cache, grid=grid, silu=True)
         seen = z if self.qk_from == "z" else x
         q = feature_map(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         k = feature_map(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)

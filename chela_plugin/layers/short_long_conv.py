@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chela_plugin.kernels.long_conv import long_conv
+from chela_plugin.kernels.backend import backend, traced
+from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv
 
 from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
 from .mixer import Cache
@@ -220,8 +221,49 @@ class ShortLongConv(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         grid: tuple[int, int] | None = None,
+        silu: bool = False,
     ) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`; x is zero where `mask` (bool `[B, T]`) is False, which `batch` must know of."""
+        """`[B, T, D]` to `[B, T, D]`; x is zero where `mask` (bool `[B, T]`) is False, which `batch` must know of.
+
+        `silu`: SiLU of the result; a causal `modal` convolution does it, and its gradient, in the same pass.
+        """
+        if cache is None and self.runs_structured(x):
+            return self.structured(x, silu)
+        y = self.convolved(x, mask, cache, grid)
+        return F.silu(y) if silu else y
+
+    def runs_structured(self, x: Tensor) -> bool:
+        """Whether all branches run as short taps and a state of the modes, at a cost a token that T does not change.
+
+        Two-sided ones don't: the rows and columns of images are short. Nor does the plain form while it is traced: its
+        loop over chunks would make a graph for each T.
+        """
+        return (
+            isinstance(self.long_kernel, ModalKernel)
+            and self.causal
+            and max(self.short, default=1) <= MAX_SHORT
+            and not (self.norm == "batch" and self.training and not self.folded)
+            and not (traced(x) and backend(x.device, x.dtype) == "reference")
+        )
+
+    def structured(self, x: Tensor, silu: bool) -> Tensor:
+        modal = self.long_kernel
+        assert isinstance(modal, ModalKernel)
+        return modal_conv(
+            x,
+            modal.log_time,
+            modal.frequency,
+            modal.residue,
+            short=self.folded_short() if self.short else None,
+            scale=precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1],
+            bias=self.folded_bias(),
+            silu=silu,
+        )
+
+    def convolved(
+        self, x: Tensor, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None
+    ) -> Tensor:
+        """The sum of all branches by exact convolutions."""
         if self.dims == 2 and grid is None:
             raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")
         if cache is not None:

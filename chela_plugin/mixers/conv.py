@@ -77,7 +77,7 @@ class Conv(Mixer):
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         if mask is not None:
             x = x * mask[..., None]
-        z = F.silu(self.conv(self.wi(x), mask=mask, cache=cache, grid=grid))
+        z = self.conv(self.wi(x), mask=mask, cache=cache, grid=grid, silu=True)
         return self.proj(z * F.silu(self.wg(x)))
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
