@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -60,7 +62,18 @@ def ablate(
     ],
     out: Annotated[Path | None, typer.Option(help="Results folder; default: runs/ and the ablations' names.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs side by side; default: one a processor, at most 8, one on a GPU.")
+        int | None, typer.Option(min=1, help="Runs side by side; default: one a GPU, else one a processor, at most 8.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Save and stop after so many, with exit code 75; the same command goes on."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run over a Ray cluster: local starts one, auto or HOST:PORT joins one."),
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="wandb or trackio, beside TensorBoard; may be given more than once.")
     ] = None,
 ) -> None:
     """Train every mixer of an ablation on equal terms; the same command goes on where it was stopped."""
@@ -80,15 +93,59 @@ def ablate(
 
     from chela_plugin.harness.ablation import run_ablations
 
-    stopped_by = run_ablations(ablations, folder, console, workers)
+    stopped_by = run_ablations(
+        ablations,
+        folder,
+        console,
+        workers,
+        max_seconds=math.inf if max_seconds is None else max_seconds,
+        ray=ray,
+        trackers=track or (),
+    )
     if stopped_by is not None:
-        options = {"--out": out, "--workers": workers}
+        options = {"--out": out, "--workers": workers, "--max-seconds": max_seconds, "--ray": ray}
         given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+        given += [word for name in track or () for word in ("--track", name)]
         again = shlex.join(["chela", "ablate", *files, *given])
         _say(f"stopped; all progress is in {folder}. To go on, give the same command again:\n  {again}")
-        raise typer.Exit(128 + stopped_by)
+        raise typer.Exit(stopped_by)
     if _report(folder):
         raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]...",
+            help="YAML file or shipped run such as bytes_small; dotted overrides such as training.steps=100.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/ and the config's name.")] = None,
+) -> None:
+    """Train one language or image model, on one device or many; the same command goes on where it was stopped."""
+    from chela_plugin.harness.config import ConfigError, is_override
+    from chela_plugin.harness.train.config import load_run, shipped
+
+    sources = [word for word in words if not is_override(word)]
+    if len(sources) != 1:
+        raise ConfigError(f"one YAML file or shipped run is needed ({', '.join(shipped())}), got {len(sources)}")
+    name, run = load_run(sources[0], [word for word in words if is_override(word)])
+    folder = out or Path("runs") / name
+
+    from chela_plugin.harness.train.launch import TrainingFailed, start
+
+    try:
+        stopped_by = start(run, folder, console)
+    except TrainingFailed as error:
+        Console(stderr=True, highlight=False).print(f"chela: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    if stopped_by is not None:
+        again = shlex.join(["chela", "train", *words, *(["--out", str(out)] if out else [])])
+        _say(f"stopped; all progress is in {folder}. To go on, give the same command again:\n  {again}")
+        raise typer.Exit(128 + stopped_by)
+    _say(f"model, metrics.jsonl and result.json are in {folder}")
 
 
 @app.command()
@@ -98,7 +155,10 @@ def report(
         Path | None, typer.Option(help="Markdown file whose tables are compared with the JSON lines, digit by digit.")
     ] = None,
 ) -> None:
-    """Write tables, curves and an HTML page from the JSON lines; with --check, verify a published table instead."""
+    """Write tables, curves and an HTML page from the JSON lines; with --check, verify published tables instead.
+
+    Both look at every run for equal terms: parameters, data, order of examples, steps, schedule, learning rate.
+    """
     if check is None:
         _report(folder)
         return
@@ -108,7 +168,8 @@ def report(
 
     if not check.is_file():
         raise ResultsError(f"{check} is no file; --check takes the Markdown file with the published tables")
-    count, wrong = check_tables(check.read_text(encoding="utf-8"), tables(*open_for_reading(folder)))
+    manifest, records = open_for_reading(folder)
+    count, wrong = check_tables(check.read_text(encoding="utf-8"), tables(manifest, records))
     if not count:
         raise ResultsError(
             f"{check} holds no table of a report (a line '<!-- chela report: ablation/task -->' and the table)"
@@ -116,7 +177,7 @@ def report(
     for sentence in wrong:
         _say(sentence)
     _say(f"{check}: {count} tables, {len(wrong)} differences from {folder}")
-    if wrong:
+    if _unequal(manifest, records) or wrong:
         raise typer.Exit(1)
 
 
@@ -131,7 +192,9 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON record, written case by case; for plot: the PNG.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of interleaved timing.")] = 15,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds for warming up one contender, compilation included.")] = 120,
+    budget: Annotated[
+        float, typer.Option(min=1, help="Seconds for warming up one contender, compilation included.")
+    ] = 120,
     revision: Annotated[str | None, typer.Option(help="Of the code, where there is no git repository.")] = None,
     processes: Annotated[int, typer.Option(min=0, help="That compile kernels ahead on a GPU; 0: none.")] = 0,
 ) -> None:
@@ -171,9 +234,21 @@ def bench(
         _say(f"record  {out}")
 
 
+def _unequal(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
+    """Say which runs had other terms than the others of their task; returns whether there is one."""
+    from chela_plugin.harness.terms import violations
+
+    count, wrong = violations(manifest, records)
+    for sentence in wrong:
+        _say(sentence)
+    _say(f"equal terms: {count} runs, {len(wrong)} violations")
+    return bool(wrong)
+
+
 def _report(folder: Path) -> bool:
-    """Write and show a report; returns whether a run in it has no result."""
+    """Write and show a report; returns whether a run in it has no result or had other terms than the others."""
     from chela_plugin.harness.report import write_report
+    from chela_plugin.harness.results import open_for_reading
 
     written = write_report(folder)
     for table in written.tables:
@@ -192,7 +267,7 @@ def _report(folder: Path) -> bool:
     _say(f"table   {written.markdown}")
     _say(f"curves  {written.curves}")
     _say(f"page    {written.page}")
-    return any(table.notes for table in written.tables)
+    return _unequal(*open_for_reading(folder)) or any(table.notes for table in written.tables)
 
 
 def _say(text: str) -> None:
