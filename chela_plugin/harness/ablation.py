@@ -7,7 +7,10 @@ its reason and the others go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,17 +18,28 @@ from rich.console import Console
 
 from chela_plugin.harness.cell import CellRunner
 from chela_plugin.harness.config import Ablation, ConfigError, identity
+from chela_plugin.harness.environment import revision
 from chela_plugin.harness.extras import need
 from chela_plugin.harness.grid import Cell, cells, choose_learning_rate, is_settled, latest_runs
 from chela_plugin.harness.progress import PlainProgress, progress_for
 from chela_plugin.harness.results import Record, ResultsError, ResultsFolder
 from chela_plugin.harness.tasks import prepare
+from chela_plugin.harness.trackers import check_trackers
 from chela_plugin.harness.training import Interrupted
 from chela_plugin.harness.workers import default_workers, run_here, run_in_processes, stop_on_signals
 
 
-def run_ablations(ablations: dict[str, Ablation], out: Path, console: Console, workers: int | None = 1) -> int | None:
-    """Run what is not finished in `out`. Returns None when all is done, or the signal that stopped it.
+def run_ablations(
+    ablations: dict[str, Ablation],
+    out: Path,
+    console: Console,
+    workers: int | None = 1,
+    *,
+    max_seconds: float = math.inf,
+    ray: str | None = None,
+    trackers: Sequence[str] = (),
+) -> int | None:
+    """Run what is not finished in `out`. Returns None when all is done, or the exit code of what stopped it (`Stop`).
 
     Args:
         ablations: by name.
@@ -33,41 +47,52 @@ def run_ablations(ablations: dict[str, Ablation], out: Path, console: Console, w
         console: shows progress.
         workers: processes that run cells side by side; 1 is this process, None as many as the machine has room for.
             Only this process knows mixers that were registered at run time.
+        max_seconds: after so many, save and stop; a later call goes on. Each call makes at least one step of a run.
+        ray: address of a Ray cluster (`ray_cluster`) whose slots run the cells, in place of `workers`.
+        trackers: of `trackers.TRACKERS`, beside TensorBoard.
 
     Raises ResultsError or ConfigError before any work where it can't start, MissingPackage with the pip line.
     """
+    deadline = time.monotonic() + max_seconds
+    check_trackers(trackers)
     for ablation in ablations.values():
         _check(ablation)
     grid = [cell for name, ablation in ablations.items() for cell in cells(name, ablation)]
     manifest = {name: identity(ablation) for name, ablation in ablations.items()}
-    with (
-        ResultsFolder(out, manifest) as results,
-        stop_on_signals() as stop,
-        progress_for(console, len(grid)) as display,
-    ):
+    with ExitStack() as stack:
+        if ray is not None:
+            from chela_plugin.harness.ray_cluster import ray_cluster, run_on_ray
+
+            stack.enter_context(ray_cluster(ray))  # it takes signals for itself; ours come after
+        results = stack.enter_context(ResultsFolder(out, manifest))
+        stop = stack.enter_context(stop_on_signals(deadline))
+        display = stack.enter_context(progress_for(console, len(grid)))
         if results.torn:
             display.line("the last line of results.jsonl was half written; that run is done again")
         pending = [cell for cell in grid if not is_settled(cell, results.records)]
         display.skip(len(grid) - len(pending))
+        _tell_of_other_code(results.records, display)
         steps = {name: ablation.training.steps for name, ablation in ablations.items()}
         events = _Events(results, display, steps)
-        runner = lru_cache(None)(lambda name: CellRunner(ablations[name], results.path))
+        runner = lru_cache(None)(lambda name: CellRunner(ablations[name], results.path, trackers))
         for name, task in dict.fromkeys((cell.ablation, cell.task) for cell in pending):
             prepare(next(config for config in ablations[name].tasks if config.task == task))
         if pending:
             _check_data(runner, results.records)
         workers = min(workers or default_workers(list(ablations.values())), len(pending))
         try:
-            if workers > 1:
-                run_in_processes(pending, ablations, results.path, workers, events, stop)
+            if ray is not None:
+                run_on_ray(pending, ablations, results.path, events, stop, trackers)
+            elif workers > 1:
+                run_in_processes(pending, ablations, results.path, workers, events, stop, trackers)
             else:
                 run_here(pending, runner, events, stop)
         except Interrupted:
-            return stop.signal
+            return stop.exit_code
         unread = []
-        for run in _to_test(ablations, results.records):
-            if stop.signal is not None:
-                return stop.signal
+        for done, run in enumerate(_to_test(ablations, results.records)):
+            if stop.signal is not None or (done and stop.asked):  # a short time is enough for one
+                return stop.exit_code
             try:
                 results.append(runner(run["ablation"]).read_test(run))
             except ResultsError:
@@ -103,6 +128,18 @@ class _Events:
         else:
             outcome = f"{record['status']}: {record['reason']}"
         self.display.finish(str(cell), outcome)
+
+
+def _tell_of_other_code(records: Sequence[Record], display: PlainProgress) -> None:
+    """Say that earlier runs are of another revision. They count as finished: most changes change no result."""
+    now = revision()["commit"]
+    others = [r for r in latest_runs(records) if r["status"] == "finished" and r["revision"]["commit"] != now]
+    if others:
+        commits = sorted({str(r["revision"]["commit"])[:9] for r in others})
+        display.line(
+            f"{len(others)} finished runs are of another revision of this code ({', '.join(commits)}) and are kept; "
+            "to have them run again, give another --out"
+        )
 
 
 def _check(ablation: Ablation) -> None:

@@ -2,14 +2,17 @@
 
 A worker trains and writes its cell's files; the main process alone appends to results.jsonl. A worker that dies (the
 system took its memory) costs its cell, which is recorded as failed; if the main process dies, the workers follow.
+Where GPUs do the work, each worker sees one of them.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from chela_plugin.harness.cell import CellRunner, origin
+from chela_plugin.harness.cell import CellRunner, Listener, origin
 from chela_plugin.harness.config import Ablation
 from chela_plugin.harness.extras import MissingPackage
 from chela_plugin.harness.grid import Cell
@@ -27,17 +30,34 @@ from chela_plugin.harness.results import Record, ResultsError
 from chela_plugin.harness.training import Interrupted
 
 
+OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: not finished, try again
+
+
 @dataclass
 class Stop:
-    """Set by SIGINT or SIGTERM; a run looks at it between two steps, so it never stops in the middle of an update."""
+    """Set by SIGINT or SIGTERM, or by the clock.
+
+    A run looks at it between two steps, so it never stops in the middle of an update, and has always made a step.
+    """
 
     signal: int | None = None
+    deadline: float = math.inf  # by time.monotonic()
+
+    @property
+    def asked(self) -> bool:
+        """Whether to save and stop."""
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell is told of a stop: 130, 143, or OUT_OF_TIME."""
+        return OUT_OF_TIME if self.signal is None else 128 + self.signal
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(deadline: float = math.inf) -> Iterator[Stop]:
     """First SIGINT or SIGTERM: stop after this step. Second: at once, which costs the steps since the checkpoint."""
-    stop = Stop()
+    stop = Stop(deadline=deadline)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -70,12 +90,21 @@ class Events(Protocol):
         """A cell has ended; the record is to be kept."""
 
 
-def default_workers(ablations: Sequence[Ablation]) -> int:
-    """As many as the processors hold at the ablations' threads a run, at most 8; one where a GPU does the work."""
+def visible_gpus(ablations: Sequence[Ablation]) -> list[str]:
+    """The GPUs for runs side by side, as CUDA_VISIBLE_DEVICES names them; empty where processors do the work."""
     import torch
 
-    if any(a.training.accelerator != "cpu" for a in ablations) and torch.cuda.is_available():
-        return 1
+    if all(a.training.accelerator == "cpu" for a in ablations) or not torch.cuda.is_available():
+        return []
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if given is None else [name.strip() for name in given.split(",")][:count]
+
+
+def default_workers(ablations: Sequence[Ablation]) -> int:
+    """One a GPU; without any, as many as the processors hold at the ablations' threads a run, at most 8."""
+    gpus = visible_gpus(ablations)
+    if gpus:
+        return len(gpus)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, processors // max(a.training.threads for a in ablations)))
 
@@ -84,16 +113,16 @@ def run_here(pending: Sequence[Cell], runner: Callable[[str], CellRunner], event
     """One cell after the other in this process. Raises Interrupted."""
     for cell in pending:
 
-        class Listener:
+        class Here:
             def step(self, step: int, loss: float, cell: Cell = cell) -> None:
                 events.step(cell, step, loss)
 
             def stop(self) -> bool:
-                return stop.signal is not None
+                return stop.asked
 
         events.start(cell)
-        events.done(cell, runner(cell.ablation).run(cell, Listener()))
-        if stop.signal is not None:
+        events.done(cell, runner(cell.ablation).run(cell, Here()))
+        if stop.asked:
             raise Interrupted
 
 
@@ -101,27 +130,36 @@ def run_here(pending: Sequence[Cell], runner: Callable[[str], CellRunner], event
 class _Worker:
     process: Any
     pipe: Connection
+    slot: int
     cell: Cell | None = None
 
 
 def run_in_processes(
-    pending: Sequence[Cell], ablations: dict[str, Ablation], folder: Path, workers: int, events: Events, stop: Stop
+    pending: Sequence[Cell],
+    ablations: dict[str, Ablation],
+    folder: Path,
+    workers: int,
+    events: Events,
+    stop: Stop,
+    trackers: Sequence[str] = (),
 ) -> None:
     """The cells on `workers` processes. Raises Interrupted once every worker has saved, or a worker's fatal error."""
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in a broken state
     queue = deque(pending)
     crew: list[_Worker] = []
+    gpus = visible_gpus(list(ablations.values()))
 
-    def hire() -> None:
+    def hire(slot: int) -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, ablations, folder), daemon=True)
-        process.start()
+        process = context.Process(target=_work, args=(theirs, ablations, folder, trackers), daemon=True)
+        with _one_gpu(gpus, slot):
+            process.start()
         theirs.close()
-        crew.append(_Worker(process, ours))
+        crew.append(_Worker(process, ours, slot))
 
     def give(worker: _Worker) -> None:
         worker.cell = None
-        if queue and stop.signal is None:
+        if queue and not stop.asked:
             worker.cell = queue.popleft()
             worker.pipe.send(worker.cell)
             events.start(worker.cell)
@@ -130,12 +168,12 @@ def run_in_processes(
             crew.remove(worker)
 
     try:
-        for _ in range(min(workers, len(queue))):
-            hire()
+        for slot in range(min(workers, len(queue))):
+            hire(slot)
             give(crew[-1])
         told = False
         while crew:
-            if stop.signal is not None and not told:
+            if stop.asked and not told:
                 told = True
                 for worker in crew:
                     with suppress(BrokenPipeError):  # it died just now; its end shows in the pipe
@@ -148,8 +186,8 @@ def run_in_processes(
                 except (EOFError, ConnectionResetError):
                     _lost(worker, events)
                     crew.remove(worker)
-                    if queue and stop.signal is None:
-                        hire()
+                    if queue and not stop.asked:
+                        hire(worker.slot)
                         give(crew[-1])
                     continue
                 if kind == "step":
@@ -164,8 +202,24 @@ def run_in_processes(
     finally:
         for worker in crew:
             worker.process.terminate()
-    if stop.signal is not None:
+    if stop.asked:
         raise Interrupted
+
+
+@contextmanager
+def _one_gpu(gpus: Sequence[str], slot: int) -> Iterator[None]:
+    """A process that starts here sees one GPU: CUDA reads the variable once, before the process can set it itself."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    if gpus:
+        os.environ[name] = gpus[slot % len(gpus)]
+    try:
+        yield
+    finally:
+        if gpus and before is None:
+            del os.environ[name]
+        elif gpus:
+            os.environ[name] = str(before)
 
 
 def _lost(worker: _Worker, events: Events) -> None:
@@ -179,12 +233,31 @@ def _lost(worker: _Worker, events: Events) -> None:
     events.done(cell, origin(cell) | {"status": "failed", "reason": f"the process of this run {died}"})
 
 
-def _work(pipe: Connection, ablations: dict[str, Ablation], folder: Path) -> None:
+class Answers:
+    """Runs cells for another process, and says how each ended."""
+
+    def __init__(self, ablations: dict[str, Ablation], folder: Path, trackers: Sequence[str]):
+        self.ablations, self.folder, self.trackers = ablations, folder, trackers
+        self.runners: dict[str, CellRunner] = {}
+
+    def run(self, cell: Cell, listener: Listener) -> tuple[str, Any]:
+        """('done', its record), ('stopped', None), or ('fatal', an error that ends the whole ablation)."""
+        try:
+            if cell.ablation not in self.runners:
+                self.runners[cell.ablation] = CellRunner(self.ablations[cell.ablation], self.folder, self.trackers)
+            return "done", self.runners[cell.ablation].run(cell, listener)
+        except Interrupted:
+            return "stopped", None
+        except (ResultsError, MissingPackage, ValueError) as error:
+            return "fatal", error
+
+
+def _work(pipe: Connection, ablations: dict[str, Ablation], folder: Path, trackers: Sequence[str]) -> None:
     """Life of a worker: a cell comes, its record goes, until the main process closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    runners: dict[str, CellRunner] = {}
+    answers = Answers(ablations, folder, trackers)
 
-    class Listener:
+    class Heard:
         def step(self, step: int, loss: float) -> None:
             pipe.send(("step", step, loss))
 
@@ -193,14 +266,6 @@ def _work(pipe: Connection, ablations: dict[str, Ablation], folder: Path) -> Non
 
     try:
         while (cell := pipe.recv()) != "stop":
-            try:
-                if cell.ablation not in runners:
-                    runners[cell.ablation] = CellRunner(ablations[cell.ablation], folder)
-                answer: tuple[str, Any] | tuple[str] = ("done", runners[cell.ablation].run(cell, Listener()))
-            except Interrupted:
-                answer = ("stopped",)
-            except (ResultsError, MissingPackage, ValueError) as error:
-                answer = ("fatal", error)
-            pipe.send(answer)
+            pipe.send(answers.run(cell, Heard()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return

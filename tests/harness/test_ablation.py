@@ -214,7 +214,7 @@ def test_a_signal_while_the_test_split_is_read_stops_after_this_reading(tiny, ab
 
     with monkeypatch.context() as patch:
         patch.setattr(cell.CellRunner, "read_test", interrupted)
-        assert ablation.run_ablations({name: config}, tmp_path / "out", quiet) == signal.SIGINT
+        assert ablation.run_ablations({name: config}, tmp_path / "out", quiet) == 128 + signal.SIGINT
     assert len(of_kind(read_records(tmp_path / "out" / "results.jsonl")[0], "test")) == 1
     assert len(of_kind(ablate(path), "test")) == 2
 
