@@ -13,7 +13,7 @@ from typing import Any
 
 from chela_plugin.harness.extras import need
 from chela_plugin.harness.results import Record, open_for_reading, write_atomically
-from chela_plugin.harness.table import METRICS, Table, collect, tables
+from chela_plugin.harness.table import METRICS, Table, collect, tables, unedited
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ def write_report(folder: Path) -> Report:
     manifest, records = open_for_reading(folder)
     found = tables(manifest, records)
     report = Report(folder / "report.md", folder / "curves.png", folder / "report.html", found)
-    picture = curves(manifest, records)
+    with unedited():
+        picture = curves(manifest, records)
+        page = _page(manifest, records, found, picture)
     write_atomically(report.curves, picture)
     write_atomically(report.markdown, _markdown(found, report.curves.name).encode())
-    write_atomically(report.page, _page(manifest, records, found, picture).encode())
+    write_atomically(report.page, page.encode())
     return report
 
 

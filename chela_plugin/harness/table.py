@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from chela_plugin.harness.results import Record
+from chela_plugin.harness.results import Record, ResultsError
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is within 2 %.
 T_95 = (
@@ -68,12 +69,27 @@ def collect(records: Sequence[Record], ablation: str, task: str, mixers: Sequenc
 
 
 def tables(manifest: dict[str, Any], records: Sequence[Record]) -> list[Table]:
-    """Every table that a results folder gives, from its records alone."""
+    """Every table that a results folder gives, from its records alone. Raises ResultsError for edited ones."""
     found = []
-    for ablation, config in manifest["ablations"].items():
-        for task in config["tasks"]:
-            found.append(_table(records, ablation, task["task"], config))
+    with unedited():
+        for ablation, config in manifest["ablations"].items():
+            for task in config["tasks"]:
+                found.append(_table(records, ablation, task["task"], config))
     return found
+
+
+@contextmanager
+def unedited() -> Iterator[None]:
+    """What reads records written by hand may meet anything; the user meets one ResultsError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        if isinstance(error, ResultsError):
+            raise
+        raise ResultsError(
+            "the records do not fit their manifest: files of this folder were edited by hand or by another program "
+            f"({type(error).__name__}: {str(error)[:200]}); restore them"
+        ) from error
 
 
 def _table(records: Sequence[Record], ablation: str, task: str, config: dict[str, Any]) -> Table:

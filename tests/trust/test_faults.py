@@ -148,6 +148,7 @@ def test_a_missing_checkpoint_is_none_and_a_folder_in_its_place_is_an_error(tmp_
 
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SAFE_LOADERS = (["_ConfigLoader"], ["yaml.SafeLoader"], ["yaml.BaseLoader"])
 UNPICKLES = {  # calls that unpickle, or run what they read
     ("torch", "load"),
     ("numpy", "load"),
@@ -184,11 +185,7 @@ def test_no_load_path_can_unpickle_or_evaluate():
                     pair = (call.value.id, call.attr)
                     if pair == ("yaml", "load"):
                         loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
-                        names = (
-                            []
-                            if loader in (["_ConfigLoader"], ["yaml.SafeLoader"], ["yaml.BaseLoader"])
-                            else ["yaml.load"]
-                        )
+                        names = [] if loader in SAFE_LOADERS else ["yaml.load"]
                     else:
                         names = [".".join(pair)] if pair in UNPICKLES else []
             for keyword in getattr(node, "keywords", ()) if isinstance(node, ast.Call) else ():

@@ -1,0 +1,25 @@
+"""How many examples hypothesis tries: what each test says in CI, 2,000 an op in the nightly mode (CHELA_NIGHTLY=1)."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+NIGHTLY_EXAMPLES = 2_000
+
+settings.register_profile("ci", max_examples=100, deadline=None)
+settings.register_profile("nightly", max_examples=NIGHTLY_EXAMPLES, deadline=None, print_blob=True)
+settings.load_profile("nightly" if os.environ.get("CHELA_NIGHTLY") == "1" else "ci")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the nightly mode a test's own `max_examples`, chosen for CI, gives way to the profile's."""
+    nightly = settings.get_current_profile_name() == "nightly"
+    for item in items if nightly else ():
+        test = getattr(item, "obj", None)
+        test = getattr(test, "__func__", test)  # a method's settings stand on its function
+        own = getattr(test, "_hypothesis_internal_use_settings", None)
+        if own is not None and own.max_examples < NIGHTLY_EXAMPLES:
+            test._hypothesis_internal_use_settings = settings(own, max_examples=NIGHTLY_EXAMPLES)
+        elif own is None and getattr(test, "is_hypothesis_test", False):
+            raise pytest.UsageError(f"{item.nodeid}: hypothesis keeps a test's settings elsewhere in this version")
