@@ -26,6 +26,7 @@ from chela_plugin.harness.grid import score_rank
 from chela_plugin.harness.results import ResultsError, load_tensors, save_tensors
 from chela_plugin.harness.tasks import IGNORE, Examples
 
+EVALUATED_LOGITS = 2**28  # at once, 1 GiB in float32: test sequences may be longer than those trained on
 UNTIMED_STEPS = 3  # the first steps of a process allocate, autotune and compile; tokens/s leaves them out
 
 
@@ -118,8 +119,10 @@ def evaluate(model: nn.Module, data: Examples, batch_size: int, device: torch.de
     model.eval()
     nats = count = 0.0
     parts = torch.zeros(2, max(1, len(data.slices)), dtype=torch.float64)  # right answers and answers of each slice
-    for start in range(0, len(data), batch_size):
-        rows = slice(start, start + batch_size)
+    answers = data.targets.shape[1] if data.targets.ndim == 2 else 1
+    size = max(1, min(batch_size, EVALUATED_LOGITS // (answers * data.classes)))
+    for start in range(0, len(data), size):
+        rows = slice(start, start + size)
         inputs, targets = data.batch(rows)
         targets = targets.long().to(device)
         logits = model(as_model_input(inputs).to(device))
