@@ -53,6 +53,8 @@ def start(run: Run, out: Path, console: Console) -> int | None:
     if use_cuda and devices > there:
         raise ConfigError(f"machine.devices is {devices}, torch sees {there} CUDA device(s)")
     RunFolder(out, identity(run)).check()
+    if (out / "result.json").exists():
+        return None
     if is_torchelastic_launched():
         return _only_stop(_process(run, str(out), int(os.environ["LOCAL_WORLD_SIZE"]), console))
     if devices == 1 and machine.strategy != "fsdp":
@@ -65,7 +67,6 @@ def _only_stop(answer: str | None) -> int | None:
 
 
 def _launch(run: Run, out: Path, devices: int) -> int | None:
-    from torch.distributed.elastic.agent.server.api import WorkerState  # noqa: F401  # fails early without elastic
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -172,16 +173,21 @@ def _process(run: Run, out: str, local_world: int, console: Console | None = Non
             return STOPPED
         except Diverged as error:
             raise (TrainingFailed(str(error)) if alone else error) from None
-        if main and not (folder.path / "result.json").exists() or fabric.world_size > 1:
-            found = work.finish(folder.path)
-            if main:
-                _result(folder, run, work, fabric, found)
+        hidden = folder.path / ".model.part"
+        found = work.finish(hidden)
+        if main:
+            for file in sorted(hidden.iterdir(), key=lambda f: f.suffix == ".json"):  # weights first, then the config
+                os.replace(file, folder.path / file.name)
+            hidden.rmdir()
+            _result(folder, run, work, fabric, found)
     return None
 
 
 def _result(folder: RunFolder, run: Run, work: Any, fabric: Any, found: dict[str, Any]) -> None:
     """result.json: the last reading of the validation split, where and with what."""
     import json
+
+    import torch
 
     from chela_plugin.harness import environment
     from chela_plugin.harness.results import write_atomically
@@ -201,7 +207,7 @@ def _result(folder: RunFolder, run: Run, work: Any, fabric: Any, found: dict[str
         "parameters": work.parameters,
         "flops": {"formula": work.flop_model, f"per_{work.unit.removesuffix('s')}": work.flops_per_unit},
         f"{work.unit}_per_second_median": sorted(rates)[len(rates) // 2] if rates else None,
-        "peak_bytes": __import__("torch").cuda.max_memory_allocated() if fabric.device.type == "cuda" else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if fabric.device.type == "cuda" else None,
         "config": run.model_dump(mode="json"),
     }
     result |= {k: v for k, v in metrics.items() if k != "step"} | found
