@@ -2,18 +2,18 @@
 
 Rules as in mad/data/instances.py there, with `multi_query` as its configs have it:
 
-- recall: pairs of a key and a value, a key's value drawn once a sequence; a last pair repeats a key. Noisy: a pair may be
-  two noise tokens. Keys are the first half of the tokens, values the second half, noise the last ones.
-- fuzzy recall: keys and values are 1 to 3 different tokens; test keys all have 3. One pair, placed anywhere, is asked for
-  at the end; token V - 1 pads on the left.
-- selective copying: tokens with blanks in between, then a copy token and as many blanks; there the tokens are asked for in
-  order. Blanks go before a token, so the last one stands right before the copy token.
+- recall: pairs of a key and a value, a key's value drawn once a sequence; a last pair repeats a key. Noisy: a pair may
+  be two noise tokens. Keys are the first half of the tokens, values the second half, noise the last ones.
+- fuzzy recall: keys and values are 1 to 3 different tokens; test keys all have 3. One pair, placed anywhere, is asked
+  for at the end; token V - 1 pads on the left.
+- selective copying: tokens with blanks in between, then a copy token and as many blanks; there the tokens are asked for
+  in order. Blanks go before a token, so the last one stands right before the copy token.
 - compression: random tokens and a last token V - 1; every token is asked for, from the last place's features.
 - memorization: keys, each followed by token V - 1, where the key's value is asked for. The map is one for all splits.
 
-One slip is not copied: there a short pair could be asked for at the end of a fuzzy sequence that never showed it.
-Recall tasks train on every next token and are read at repeated keys' values. A validation split, drawn as the test split
-is, is ours. Draws are equal in distribution, not number by number.
+Recall tasks train on every next token and are read at repeated keys' values. A validation split, drawn as the test
+split is, is ours. Draws are equal in distribution, not number by number. One slip is not copied: there a short pair
+could be asked for at the end of a fuzzy sequence that never showed it.
 """
 
 from __future__ import annotations

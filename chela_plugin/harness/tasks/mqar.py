@@ -1,10 +1,10 @@
 """Multi-query associative recall: key-value pairs first, then each key once more, and its value is asked for.
 
 Rules and settings as in zoology (Arora et al., arXiv:2312.04927; HazyResearch/zoology at d88d6f5: zoology/data/
-multiquery_ar.py and experiments/paper_configs/arxiv24_based_figure2/configs.py): token 0 is empty, keys are 1 to V/2 - 1
-and values V/2 to V - 1, both drawn without repetition; a key's query stands at an even place behind the pairs, drawn
-without repetition with weights proportional to rank^(power - 1); the target at a query is the key's value, no other
-place has a target. Empty places are then filled with tokens drawn from the whole vocabulary.
+multiquery_ar.py and experiments/paper_configs/arxiv24_based_figure2/configs.py): token 0 is empty, keys are 1 to
+V/2 - 1 and values V/2 to V - 1, both drawn without repetition; a key's query stands at an even place behind the pairs,
+drawn without repetition with weights proportional to rank^(power - 1); the target at a query is the key's value, no
+other place has a target. Empty places are then filled with tokens drawn from the whole vocabulary.
 
 Zoology has a training and a test set; here a validation split of the test set's settings is apart from both. A training
 batch holds one setting, as zoology's do. Its draws come from numpy's legacy generator, ours don't: equal in
