@@ -16,23 +16,22 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chela_plugin.harness.task_configs.base import DataError
+from chela_plugin.harness.tasks import cache
 
 Arrays = dict[str, np.ndarray]
-Progress = Callable[[int, int], None]  # chunks that are there, chunks that are wanted
 
 
 def folder_of(module: str, version: int, parameters: Mapping[str, Any]) -> Path:
-    """Where the chunks of one set of parameters lie: `CHELA_CACHE`, else `~/.cache/chela-plugin`."""
-    root = Path(os.environ.get("CHELA_CACHE") or Path.home() / ".cache" / "chela-plugin")
+    """Where the chunks of one set of parameters lie."""
     text = json.dumps([module, version, dict(parameters)], sort_keys=True, separators=(",", ":"))
-    return root / f"{module}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return cache.folder() / f"{module}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def chunks(
@@ -40,18 +39,16 @@ def chunks(
     version: int,
     parameters: Mapping[str, Any],
     numbers: Iterable[int],
-    progress: Progress | None = None,
 ) -> list[Arrays]:
     """Chunks by number, read from the cache or made by `chunk(parameters, number)` of a module beside this one.
 
     Args:
         module: a module of this package.
         version: of that module's rules; another version is another folder.
-        parameters: JSON values on which the chunks depend.
+        parameters: JSON values on which the chunks depend; 'examples' of them is how many examples a chunk holds.
         numbers: which chunks.
-        progress: called with (there, wanted) as chunks come.
 
-    Raises DataError where the cache can't be written.
+    Reports progress through `cache.report`. Raises DataError where the cache can't be written; what was finished stays.
     """
     folder = folder_of(module, version, parameters)
     numbers = list(numbers)
@@ -59,14 +56,12 @@ def chunks(
     missing = [number for number in numbers if number not in found]
     if missing:
         _writable(folder)
-        _make(module, parameters, missing, folder, len(numbers), progress)
+        _make(module, parameters, missing, folder, len(numbers))
         for number in missing:
             arrays = _read(folder, number)
             if arrays is None:
                 raise DataError(f"{_path(folder, number)} was written but can't be read back; is the disk sound?")
             found[number] = arrays
-    if progress is not None:
-        progress(len(numbers), len(numbers))
     return [found[number] for number in numbers]
 
 
@@ -76,15 +71,15 @@ def _make(
     missing: list[int],
     folder: Path,
     wanted: int,
-    progress: Progress | None,
 ) -> None:
+    each = parameters["examples"]
     there = wanted - len(missing)
     workers = min(_cpus(), len(missing))
     if workers == 1:
         for done, number in enumerate(missing):
-            if progress is not None:
-                progress(there + done, wanted)
+            cache.report((there + done) * each, wanted * each)
             _write_one(module, parameters, number, folder)
+        cache.report(wanted * each, wanted * each)
         return
     # Processes of their own, not multiprocessing: that would run the caller's main module again.
     children = []
@@ -99,8 +94,8 @@ def _make(
         while any(child.poll() is None for child in children):
             if any(child.poll() not in (None, 0) for child in children):
                 break
-            if progress is not None:
-                progress(there + sum(_path(folder, number).exists() for number in missing), wanted)
+            done = sum(_path(folder, number).exists() for number in missing)
+            cache.report((there + done) * each, wanted * each)
             time.sleep(0.2)
         for child in children:
             if child.poll() not in (None, 0):

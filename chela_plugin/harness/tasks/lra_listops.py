@@ -7,7 +7,7 @@ are those of Nangia & Bowman, arXiv:1804.06028):
   Digits 0 to 9, operations MIN, MAX, MED (median, rounded down), SM (sum modulo 10), and 2 to max_args arguments are
   uniform.
 - Its length is one token for a digit, and two (the opening with the operation, the closing) besides its arguments for
-  an operation. Trees with min_length < length < max_length are kept, both bounds excluded; 500 and 2,000 in the original.
+  an operation. Trees with min_length < length < max_length are kept, both bounds excluded; 500 and 2,000 there.
 - No tree stands twice; 96,000 to train, 2,000 to validate, 2,000 to test. Ten classes.
 
 The original's files also hold parentheses around every partial application; its input pipeline removes them, so they
@@ -29,7 +29,7 @@ import torch
 from chela_plugin.harness.task_configs.base import DataError
 from chela_plugin.harness.task_configs.lra import ListOpsTask
 from chela_plugin.harness.tasks import Examples, Split
-from chela_plugin.harness.tasks.lra_chunks import Arrays, Progress, chunks
+from chela_plugin.harness.tasks.lra_chunks import Arrays, chunks
 
 VERSION = 1  # of the rules below: the same config with another version is other data
 OPERATION_PROBABILITY = 0.25
@@ -43,7 +43,7 @@ ROOTS = 20_000  # trees grown side by side: about 30 MB of nodes
 ATTEMPTS = 200  # times ROOTS trees without a single one of a fitting length: the bounds can't be met
 
 
-def examples(config: ListOpsTask, split: Split, progress: Progress | None = None) -> Examples:
+def examples(config: ListOpsTask, split: Split) -> Examples:
     """Inputs `[N, max_length]` uint8 tokens, zeros behind the list; targets `[N]` the value of each list."""
     sizes = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}
     total = sum(sizes.values())
@@ -53,20 +53,25 @@ def examples(config: ListOpsTask, split: Split, progress: Progress | None = None
         "min_length": config.min_length,
         "max_length": config.max_length,
         "seed": config.data_seed,
-        "lists": min(CHUNK, total),
+        "examples": min(CHUNK, total),
     }
-    lists, targets = _distinct(parameters, total, progress)
+    lists, targets = _distinct(parameters, total)
     first = {"train": 0, "validation": sizes["train"], "test": sizes["train"] + sizes["validation"]}[split]
     rows = slice(first, first + sizes[split])
     inputs = np.zeros((sizes[split], config.max_length), np.uint8)
     for row, tokens in zip(inputs, lists[rows], strict=True):
         row[: len(tokens)] = tokens
     return Examples(
-        torch.from_numpy(inputs), torch.from_numpy(targets[rows].astype(np.int64)), classes=10, metric="accuracy"
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets[rows].astype(np.int64)),
+        classes=10,
+        metric="accuracy",
+        vocabulary=TOKENS,
+        padding=PADDING,
     )
 
 
-def _distinct(parameters: dict[str, Any], total: int, progress: Progress | None) -> tuple[list[np.ndarray], np.ndarray]:
+def _distinct(parameters: dict[str, Any], total: int) -> tuple[list[np.ndarray], np.ndarray]:
     """The first `total` lists, in the order of the chunks, that did not stand before."""
     lists: list[np.ndarray] = []
     targets: list[int] = []
@@ -74,9 +79,9 @@ def _distinct(parameters: dict[str, Any], total: int, progress: Progress | None)
     made = 0
     while len(lists) < total:
         # Of long lists none ever stands twice; of short ones many do, and further chunks are asked for.
-        more = max(1, -(-(total - len(lists)) // parameters["lists"]))
+        more = max(1, -(-(total - len(lists)) // parameters["examples"]))
         before = len(lists)
-        for arrays in chunks("lra_listops", VERSION, parameters, range(made, made + more), progress):
+        for arrays in chunks("lra_listops", VERSION, parameters, range(made, made + more)):
             for tokens, target in zip(
                 np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]), arrays["targets"], strict=True
             ):
@@ -86,7 +91,7 @@ def _distinct(parameters: dict[str, Any], total: int, progress: Progress | None)
                     lists.append(tokens)
                     targets.append(target)
         made += more
-        if (len(lists) - before) * 20 < min(total - before, more * parameters["lists"]):
+        if (len(lists) - before) * 20 < min(total - before, more * parameters["examples"]):
             raise DataError(
                 f"task listops: hardly a new list comes after {len(lists):,} of {total:,}; "
                 "raise max_depth or max_length, or ask for fewer examples"
@@ -95,11 +100,11 @@ def _distinct(parameters: dict[str, Any], total: int, progress: Progress | None)
 
 
 def chunk(parameters: Mapping[str, Any], number: int) -> Arrays:
-    """`parameters['lists']` lists: `tokens` uint8 one behind the other, `lengths` int32, `targets` uint8."""
+    """`parameters['examples']` lists: `tokens` uint8 one behind the other, `lengths` int32, `targets` uint8."""
     rng = np.random.default_rng([parameters["seed"], number])
     parts: list[Arrays] = []
     count = failures = 0
-    while count < parameters["lists"]:
+    while count < parameters["examples"]:
         part = grow(
             rng,
             ROOTS,
@@ -118,11 +123,11 @@ def chunk(parameters: Mapping[str, Any], number: int) -> Arrays:
                 )
         parts.append(part)
         count += len(part["lengths"])
-    lengths = np.concatenate([part["lengths"] for part in parts])[: parameters["lists"]]
+    lengths = np.concatenate([part["lengths"] for part in parts])[: parameters["examples"]]
     return {
         "tokens": np.concatenate([part["tokens"] for part in parts])[: lengths.sum()],
         "lengths": lengths,
-        "targets": np.concatenate([part["targets"] for part in parts])[: parameters["lists"]],
+        "targets": np.concatenate([part["targets"] for part in parts])[: parameters["examples"]],
     }
 
 
