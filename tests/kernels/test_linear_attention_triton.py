@@ -207,6 +207,10 @@ def test_operators_keep_torchs_contract(decay, causal, segments):
     state = leaves["initial_state"]
     arguments = (*(leaves[n] for n in "qkv"), leaves.get("log_decay"), state, None, None, 0.25, causal, True, True)
     torch.library.opcheck(ops.forward_op, arguments)
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    o, *kept = ops.forward_op(*given)
+    kept = [x if x.numel() else None for x in kept]
+    torch.library.opcheck(ops.backward_op, (*given[:7], *kept, torch.ones_like(o), None, 0.25, causal))
     x = torch.randn(1, 2, 16)
     torch.library.opcheck(ops.step_op, (x, x, x, torch.randn(1, 2, 16, 16), None, 0.25))
 
