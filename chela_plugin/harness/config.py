@@ -47,10 +47,9 @@ else:
 
 
 class VisionBackbone(Strict):
-    """A `chela_vit` of timm's registry, at the task's own image size."""
+    """`chela_vit` of these sizes, at the task's own image size."""
 
     kind: Literal["vision"]
-    model: str = "chela_vit_tiny"
     dim: int = Field(64, ge=8)
     depth: int = Field(4, ge=1)
     patch_size: int = Field(1, ge=1)
@@ -173,13 +172,13 @@ def load_ablation(source: str | Path, overrides: Iterable[str] = ()) -> tuple[st
     """
     path = _find(str(source), "ablations")
     data = _read(path)
-    for override in overrides:
-        _override(data, override)
-    tasks = data.get("tasks")
-    if isinstance(tasks, list):
-        data["tasks"] = [_read(_find(task, "tasks")) if isinstance(task, str) else task for task in tasks]
-    for override in overrides:  # again: an override may name a key of a task that was given by name
-        _override(data, override)
+    for _ in range(2):  # twice: an override may name tasks, and another a key of a task that was given by name
+        for override in overrides:
+            _override(data, override)
+        tasks = data.get("tasks")
+        if isinstance(tasks, list):
+            data["tasks"] = [_read(_find(task, "tasks")) if isinstance(task, str) else task for task in tasks]
+        overrides = [text for text in overrides if not text.startswith("tasks=")]
     try:
         return path.stem, Ablation.model_validate(data)
     except ValidationError as error:
