@@ -51,7 +51,7 @@ def cases(device: torch.device) -> list[Case]:
                 axes={"B": shape[0], "T": length, "D": dim},
                 whats=("forward", "forward_backward"),
                 contenders=contenders,
-                units={what: (tokens, "tokens") for what in ("forward", "forward_backward")},
+                units=dict.fromkeys(("forward", "forward_backward"), (tokens, "tokens")),
                 floor_ms={"forward": product_ms, "forward_backward": 3 * product_ms},
             )
         )
@@ -68,7 +68,9 @@ def our_layer(spec: str, shape: tuple[int, int, int], device: torch.device) -> W
     return Work(runs(mixer, shape, device), path, count(mixer))
 
 
-def peer_layer(build: Callable[[int, torch.device], nn.Module], shape: tuple[int, int, int], device: torch.device) -> Work:
+def peer_layer(
+    build: Callable[[int, torch.device], nn.Module], shape: tuple[int, int, int], device: torch.device
+) -> Work:
     torch.manual_seed(0)
     layer = build(shape[2], device).to(device=device, dtype=dtype_on(device))
     return Work(runs(layer, shape, device), "peer", count(layer))

@@ -21,7 +21,9 @@ def fla(module: str) -> Any:
     try:
         return importlib.import_module(f"fla.{module}")
     except Exception as error:  # a mismatch of fla with torch, triton or transformers takes many forms
-        raise Unavailable(f"fla can't be imported ({type(error).__name__}: {error}); pip install 'chela-plugin[lm]'") from error
+        raise Unavailable(
+            f"fla can't be imported ({type(error).__name__}: {error}); pip install 'chela-plugin[lm]'"
+        ) from error
 
 
 def needs_cuda(device: torch.device, what: str) -> None:

@@ -35,7 +35,7 @@ def cases(device: torch.device) -> list[Case]:
                 axes={"B": batch, "pixels": pixels, "T": (pixels // 16) ** 2},
                 whats=("inference", "training"),
                 contenders=contenders,
-                units={what: (batch, "images") for what in ("inference", "training")},
+                units=dict.fromkeys(("inference", "training"), (batch, "images")),
             )
         )
     return found

@@ -174,6 +174,9 @@ class Chela(Mixer):
         return backend(device, self.proj.weight.dtype)
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            # A norm hands on fp32 there; the projections would each cast x, and the convolution run in fp32.
+            x = x.to(torch.get_autocast_dtype("cuda"))
         if mask is not None:
             x = x * mask[..., None]  # v is then 0 there too: SiLU(0 Wv) = 0
         z = self.conv(x, mask=mask, cache=cache, grid=grid, silu=True)
@@ -256,7 +259,8 @@ class PlainChela(Chela):
         return self.joined(o.transpose(1, 2).to(x.dtype), v, z, x)
 
     def normed(self, o: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
-        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks rms_norm.
+        # Spelled out: the exporter behind torch.onnx.export(dynamo=False), which timm's own script uses, lacks
+        # rms_norm.
         if self.skip is not None:
             o = o + self.skip.to(v.dtype)[:, None] * v
         wide = precise(o)

@@ -66,7 +66,9 @@ def assert_same(found, wanted, dtype):
     ],
 )
 @pytest.mark.parametrize(("skip", "gate"), [(True, True), (False, True), (True, False)])
-def test_output_and_all_gradients_equal_the_definition_in_fp64(batch, time, heads, width, dtype, skip, gate, monkeypatch):
+def test_output_and_all_gradients_equal_the_definition_in_fp64(
+    batch, time, heads, width, dtype, skip, gate, monkeypatch
+):
     if INTERPRETED and dtype != torch.float64:
         from chela_plugin.kernels.gated_norm import ops
 
@@ -93,9 +95,7 @@ def test_rows_may_be_views_into_wider_rows():
     wide = torch.randn(2, 11, 3, 32)
     wide[:, :, 1] = tensors["gate"]
     tensors["gate"] = wide[:, :, 1]
-    assert_same(
-        outcome(tensors, dy), outcome({k: x.double() for k, x in tensors.items()}, dy.double()), torch.float32
-    )
+    assert_same(outcome(tensors, dy), outcome({k: x.double() for k, x in tensors.items()}, dy.double()), torch.float32)
 
 
 @pytest.mark.parametrize(
