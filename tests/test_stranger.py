@@ -97,7 +97,7 @@ def test_it_works_in_an_ablation(site):
         tasks: [digits]
         mixers: [attention, stranger]
         baseline: attention
-        backbone: {kind: vision, model: chela_vit_tiny, dim: 32, depth: 1, patch_size: 2, mlp_hidden: 64}
+        backbone: {kind: vision, dim: 32, depth: 1, patch_size: 2, mlp_hidden: 64}
         training: {steps: 4, batch_size: 8, evaluate_every: 2, accelerator: cpu}
         learning_rates: [1.0e-3]
         seeds: [0]

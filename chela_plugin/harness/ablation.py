@@ -148,28 +148,24 @@ def _check(ablation: Ablation) -> None:
         need(package, "harness")
     if ablation.backbone.kind != "vision":
         need("transformers", "lm")
-    else:
-        import timm
-
-        import chela_plugin.vision  # noqa: F401  # registers chela_vit_*, also where the autoload hook is switched off
-
-        name, known = ablation.backbone.model, timm.list_models("chela_vit*")
-        if name not in known:
-            raise ConfigError(f"backbone.model {name!r} is no chela_vit; choose one of {', '.join(known)}")
     for task in ablation.tasks:
         for package, extra in task.packages:
             need(package, extra)
     from chela_plugin.registry import MixerSpecError, MixerUnavailableError, parse_pattern
 
+    models: dict[tuple[str, ...], str] = {}
     for mixer in ablation.mixers:
         try:
-            parse_pattern(mixer)
+            model = tuple(str(spec) for spec in parse_pattern(mixer).expand(ablation.backbone.depth))
         except MixerUnavailableError as error:
             if mixer == ablation.baseline:  # nothing can be matched to it
                 raise ConfigError(f"baseline: {error}") from None
             continue  # recorded with its reason when its turn comes
         except MixerSpecError as error:
             raise ConfigError(f"mixers: {error}") from None
+        if model in models:
+            raise ConfigError(f"mixers: {models[model]!r} and {mixer!r} are the same model: two cells would collide")
+        models[model] = mixer
 
 
 def _check_data(runner: Callable[[str], CellRunner], records: list[Record]) -> None:

@@ -60,7 +60,7 @@ def build(config: Backbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.M
     if height != width:
         raise ValueError(f"backbone.kind vision takes square images, the task has {height} x {width}")
     return timm.create_model(
-        config.model,
+        "chela_vit_tiny",  # all sizes by which the chela_vits differ are given
         img_size=height,
         patch_size=config.patch_size,
         in_chans=channels,
@@ -171,9 +171,14 @@ def decoding_state(model: nn.Module, dim: int, device: torch.device) -> State | 
                 return None
             for i in range(2):
                 mixer(torch.zeros(1, 8, dim, device=device), cache=cache)
-                sizes[i] += sum(tensor.numel() for tensor in cache.values())
+                sizes[i] += sum(_numbers(tensor) for tensor in cache.values())
     per_token = (sizes[1] - sizes[0]) / 8
     return State(round(sizes[0] - 8 * per_token), per_token)
+
+
+def _numbers(tensor: Tensor) -> int:
+    """Real numbers that a cached tensor holds; a position or a length, kept as an integer, is none of them."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1) * (tensor.is_floating_point() or tensor.is_complex())
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

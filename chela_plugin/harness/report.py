@@ -1,10 +1,9 @@
-"""`report.md`, `curves.png` and `report.html` out of a results folder's JSON lines."""
+"""`report.md`, `curves.png` (and other pictures) and `report.html` out of a results folder's JSON lines."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from chela_plugin.harness.extras import need
+from chela_plugin.harness.figures import pictures
 from chela_plugin.harness.results import Record, open_for_reading, write_atomically
-from chela_plugin.harness.table import METRICS, Table, collect, tables, unedited
+from chela_plugin.harness.table import Table, tables, unedited
+from chela_plugin.harness.terms import violations
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,31 @@ def write_report(folder: Path) -> Report:
     found = tables(manifest, records)
     report = Report(folder / "report.md", folder / "curves.png", folder / "report.html", found)
     with unedited():
-        picture = curves(manifest, records)
-        page = _page(manifest, records, found, picture)
-    write_atomically(report.curves, picture)
-    write_atomically(report.markdown, _markdown(found, report.curves.name).encode())
+        drawn = pictures(manifest, records)
+        terms = _terms(manifest, records)
+        page = _page(manifest, records, found, drawn, terms)
+    for name, picture in drawn.items():
+        write_atomically(folder / name, picture)
+    write_atomically(report.markdown, _markdown(found, list(drawn), terms).encode())
     write_atomically(report.page, page.encode())
     return report
 
 
-def _markdown(found: Sequence[Table], picture: str) -> str:
+def _terms(manifest: dict[str, Any], records: Sequence[Record]) -> list[str]:
+    """Whether the runs had equal terms: a sentence, and one for each that had others."""
+    count, wrong = violations(manifest, records)
+    what = "parameters, data, order of examples, steps, schedule, device, versions, learning rate, readings of the test split"
+    return [f"Equal terms: {count} finished runs were compared by {what}; {len(wrong) or 'no'} violations.", *wrong]
+
+
+def _markdown(found: Sequence[Table], drawn: Sequence[str], terms: Sequence[str]) -> str:
     parts = ["# Comparison of token mixers"]
     for table in found:
         parts += [f"## {table.key}", table.conditions, table.markdown()]
         if table.notes:
             parts.append("Runs without a result:\n\n" + "\n".join(f"- {note}" for note in table.notes))
-    parts += [LEGEND, f"![Curves]({picture})"]
+    parts += [LEGEND, "\n".join([terms[0], *(f"- {sentence}" for sentence in terms[1:])])]
+    parts += [f"![{name.removesuffix('.png').capitalize()}]({name})" for name in drawn]
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,49 +67,6 @@ LEGEND = (
     "(Student's t). Decoding state: numbers kept for one sequence, all blocks together, T for each token seen. "
     "Path: the implementation that ran, as each mixer names it."
 )
-
-
-def curves(manifest: dict[str, Any], records: Sequence[Record]) -> bytes:
-    """A PNG: for each task, validation against steps and against seconds, and test against parameters.
-
-    Lines are means over seeds at the chosen learning rate, bands reach from the worst seed to the best.
-    """
-    from matplotlib.figure import Figure
-
-    panels = [(a, t["task"], c) for a, c in manifest["ablations"].items() for t in c["tasks"]]
-    mixers = list(dict.fromkeys(mixer for _, _, config in panels for mixer in config["mixers"]))
-    figure = Figure(figsize=(13, 3.6 * len(panels) + 0.4), layout="constrained")
-    axes = figure.subplots(len(panels), 3, squeeze=False)
-    for (ablation, task, config), (by_step, by_second, by_size) in zip(panels, axes, strict=True):
-        rows = [row for row in collect(records, ablation, task, config["mixers"]) if row.tests]
-        metric = next((t["metric"] for row in rows for t in row.tests.values()), "")
-        name, scale, _ = METRICS.get(metric, ("result", 1.0, 3))
-        for row in rows:
-            look = {"color": f"C{mixers.index(row.mixer) % 10}", "label": row.mixer}
-            histories = [run["history"] for run in row.runs.values()]
-            values = [[v * scale for v in h["validation"]] for h in histories]
-            mean = [sum(column) / len(column) for column in zip(*values, strict=True)]
-            seconds = [sum(column) / len(column) for column in zip(*(h["seconds"] for h in histories), strict=True)]
-            low, high = [min(c) for c in zip(*values, strict=True)], [max(c) for c in zip(*values, strict=True)]
-            for axis, places in ((by_step, histories[0]["step"]), (by_second, seconds)):
-                axis.plot(places, mean, marker=".", **look)
-                axis.fill_between(places, low, high, alpha=0.15, color=look["color"], linewidth=0)
-            tests = [test["test"] * scale for test in row.tests.values()]
-            sizes = [run["parameters"] / 1e3 for run in row.runs.values()]
-            by_size.plot(sizes, tests, linestyle="none", marker="o", **look)
-        if rows:  # as wide as the tolerance: a smaller range would make nothing look like much
-            target = next(run["parameters"] / run["parameter_ratio"] for run in rows[0].runs.values()) / 1e3
-            by_size.set_xlim(target * (1 - config["parameter_tolerance"]), target * (1 + config["parameter_tolerance"]))
-        by_step.set(xlabel="steps", ylabel=f"validation {name}", title=f"{ablation}/{task}")
-        by_second.set(xlabel="seconds of training", ylabel=f"validation {name}")
-        by_size.set(xlabel="parameters, thousands", ylabel=f"test {name}")
-        for axis in (by_step, by_second, by_size):
-            axis.grid(alpha=0.3)
-        if rows:
-            by_step.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 STYLE = """
@@ -110,7 +78,13 @@ div.wide { overflow-x: auto; } img { max-width: 100%; } pre { background: #f6f6f
 """
 
 
-def _page(manifest: dict[str, Any], records: Sequence[Record], found: Sequence[Table], picture: bytes) -> str:
+def _page(
+    manifest: dict[str, Any],
+    records: Sequence[Record],
+    found: Sequence[Table],
+    drawn: dict[str, bytes],
+    terms: Sequence[str],
+) -> str:
     """One file that needs no network: styles and picture are inside."""
     e = html.escape
     parts = [
@@ -127,7 +101,10 @@ def _page(manifest: dict[str, Any], records: Sequence[Record], found: Sequence[T
             parts.append("<p>Runs without a result:</p><ul>")
             parts.append("".join(f"<li>{e(note)}</li>" for note in table.notes) + "</ul>")
     parts.append(f"<p>{e(LEGEND)}</p>")
-    parts.append(f'<img alt="Curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
+    parts.append(f"<p>{'<br>'.join(e(sentence) for sentence in terms)}</p>")
+    for name, picture in drawn.items():
+        alt = e(name.removesuffix(".png").capitalize())
+        parts.append(f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
     origins = {json.dumps([r["versions"], r["revision"], r["device"]]): r for r in records if r["record"] == "run"}
     origin = [{key: r[key] for key in ("device", "revision", "versions")} for r in origins.values()]
     for title, value in (("Config", manifest["ablations"]), ("Versions, code revision and device", origin)):

@@ -75,6 +75,7 @@ def tables(manifest: dict[str, Any], records: Sequence[Record]) -> list[Table]:
         for ablation, config in manifest["ablations"].items():
             for task in config["tasks"]:
                 found.append(_table(records, ablation, task["task"], config))
+                found += _by_slice(records, ablation, task["task"], config)
     return found
 
 
@@ -136,6 +137,20 @@ def _table(records: Sequence[Record], ablation: str, task: str, config: dict[str
     return Table(
         f"{ablation}/{task}", _conditions(config, records, ablation), header, body, _notes(records, ablation, task)
     )
+
+
+def _by_slice(records: Sequence[Record], ablation: str, task: str, config: dict[str, Any]) -> list[Table]:
+    """The accuracy of each part of the test split that has a name; no table where none has."""
+    rows = [row for row in collect(records, ablation, task, config["mixers"]) if row.tests]
+    names = list(dict.fromkeys(name for row in rows for test in row.tests.values() for name in test.get("slices", {})))
+    if not names:
+        return []
+    body = []
+    for row in rows:
+        values = [[t["slices"][name] * 100 for t in row.tests.values() if name in t["slices"]] for name in names]
+        body.append([row.mixer, *(mean_and_spread(v, 2) if v else "-" for v in values)])
+    said = "Accuracy, %, of each part of the test split, at the learning rate that the whole validation split chose."
+    return [Table(f"{ablation}/{task} by slice", said, ["mixer", *names], body, [])]
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
