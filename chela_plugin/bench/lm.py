@@ -152,8 +152,8 @@ def llama_model(sizes: Sizes, device: torch.device) -> nn.Module:
         num_attention_heads=sizes.dim // 64,
         max_position_embeddings=max(sizes.lengths),
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     with device:
         return LlamaForCausalLM(config)
 

@@ -1,4 +1,4 @@
-"""Suite `operators`: linear attention, long convolution, norm with gate, beside what others offer for the same work.
+"""Suite `operators`: linear attention, long convolution, norm with gate, beside what others offer for the same."""
 
 Their finer questions (errors against fp64, block sizes, odd shapes) have scripts of their own under `benchmarks/`.
 """
@@ -88,8 +88,8 @@ def attention_case(batch: int, time: int, heads: int, width: int, device: torch.
         *leaves, dy = inputs()
 
         def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heads_first = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
         return work(function, leaves, dy, "sdpa")
 

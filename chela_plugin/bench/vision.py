@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -44,15 +45,15 @@ def cases(device: torch.device) -> list[Case]:
 def work(name: str, mixer: str | None, pixels: int, batch: int, device: torch.device) -> Work:
     """bf16 autocast on a GPU; a training step is loss, gradients and AdamW."""
     torch.manual_seed(0)
-    options = {"depth": 2} if device.type == "cpu" else {}
-    model = timm.create_model(name, img_size=pixels, **({} if mixer is None else {"mixer": mixer}), **options)
-    model = model.to(device)
+    options: dict[str, Any] = {"img_size": pixels}
+    options |= {} if mixer is None else {"mixer": mixer}
+    options |= {"depth": 2} if device.type == "cpu" else {}
+    model = timm.create_model(name, **options).to(device)
     path = paths(model, device) if mixer is not None else "timm"
     if device.type == "cuda" and "reference" in path:
         raise Unavailable("no kernel here: its plain PyTorch form is not what the mixer costs")
     # Two, so that inference runs with its convolution folded, as it would be deployed.
-    folded = timm.create_model(name, img_size=pixels, **({} if mixer is None else {"mixer": mixer}), **options)
-    folded = folded.to(device).eval()
+    folded: Any = timm.create_model(name, **options).to(device).eval()
     if hasattr(folded, "reparameterize"):
         folded.reparameterize()
     return Work(runs(model.train(), folded, pixels, batch, device), path, count(model))
