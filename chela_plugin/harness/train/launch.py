@@ -190,6 +190,7 @@ def _result(folder: RunFolder, run: Run, work: Any, fabric: Any, found: dict[str
     import torch
 
     from chela_plugin.harness import environment
+    from chela_plugin.harness.backbones import paths
     from chela_plugin.harness.results import write_atomically
 
     metrics: dict[str, Any] = {}
@@ -204,6 +205,7 @@ def _result(folder: RunFolder, run: Run, work: Any, fabric: Any, found: dict[str
         "revision": environment.revision(),
         "device": environment.device_name(fabric.device),
         "devices": fabric.world_size,
+        "path": paths(work.model, fabric.device),
         "parameters": work.parameters,
         "flops": {"formula": work.flop_model, f"per_{work.unit.removesuffix('s')}": work.flops_per_unit},
         f"{work.unit}_per_second_median": sorted(rates)[len(rates) // 2] if rates else None,
