@@ -1,4 +1,4 @@
-"""Suite `operators`: linear attention, long convolution, norm with gate, beside what others offer for the same."""
+"""Suite `operators`: linear attention, long convolution, norm with gate, beside what others offer for the same.
 
 Their finer questions (errors against fp64, block sizes, odd shapes) have scripts of their own under `benchmarks/`.
 """
