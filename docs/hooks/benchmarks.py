@@ -1,0 +1,87 @@
+"""mkdocs hook: fills benchmarks.md with tables and charts out of benchmarks/results, at build time."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = "<!-- drawn from benchmarks/results by docs/hooks/benchmarks.py -->"
+
+# file name: (title, how to read one row as (line, T, forward ms), or None for a row that is no part of the chart)
+CHARTS = {
+    "linear_attention_h100": (
+        "Causal linear attention, 16 heads of width 128, 32,768 tokens",
+        lambda row: (
+            (f"{row['who']}, {row['variant']}", row["T"], row["ms"][0])
+            if (row["H"], row["K"], row["V"], row["what"]) == (16, 128, 128, "forward")
+            else None
+        ),
+    ),
+    "long_conv_h100": (
+        "Causal long convolution, width 1,024, 32,768 tokens",
+        lambda row: (
+            (row["name"], row["T"], row["forward_ms"][0]) if row["D"] == 1024 and row["B"] * row["T"] == 32768 else None
+        ),
+    ),
+}
+
+
+def tables() -> Any:
+    """benchmarks/tables.py, which is a script and no part of the package."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chart(title: str, points: list[tuple[str, int, float]]) -> bytes:
+    """A PNG of forward milliseconds against T, both logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name in dict.fromkeys(name for name, _, _ in points):
+        line = sorted((T, ms) for other, T, ms in points if other == name)
+        axes.plot([T for T, _ in line], [ms for _, ms in line], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="forward, ms", title=title)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    for name, (title, read) in CHARTS.items():
+        rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+        points = [point for point in map(read, rows) if point is not None]
+        files.append(File.generated(config, f"{name}.png", content=chart(title, points)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
+    if page.file.src_uri != "benchmarks.md":
+        return markdown
+    if PLACE not in markdown:
+        raise ValueError(f"benchmarks.md has lost the line {PLACE}")
+    script, parts = tables(), []
+    for name, (title, _) in CHARTS.items():
+        about = json.loads((RESULTS / f"{name}.json").read_text())
+        versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+        parts += [f"## {title}", getattr(script, name.removesuffix("_h100"))(), f"![{title}]({name}.png)"]
+        parts += [f"{about['device']}; {versions}; revision {about['revision']}; `benchmarks/results/{name}.json`."]
+    for report in sorted(RESULTS.glob("*/report.md")):
+        text = report.read_text()
+        body = "\n".join(line for line in text.splitlines() if not line.startswith(("# ", "![")))
+        parts += [f"## Ablation: {report.parent.name}", body.replace("\n## ", "\n### ")]
+    return markdown.replace(PLACE, "\n\n".join(parts))
