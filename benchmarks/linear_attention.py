@@ -4,7 +4,7 @@
 
 Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, where it is installed) and
 PyTorch's flash attention. The floor counts every input read once and every output written once, backward
-inputs, dO and gradients, at the bandwidth in timing.py. Times are milliseconds: median, 20 % and 80 %.
+inputs, dO and gradients, at the bandwidth in chela_plugin/bench/timing.py. Times are milliseconds: median, 20 % and 80 %.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step, reference
 
 TOKENS = 32768

@@ -5,7 +5,7 @@
 Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
 time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
 CUDA-event times of whole calls through autograd. The floor is the fewest bytes (inputs read once, outputs written once;
-the backward pass reads x, dy and taps and writes all gradients) over the bandwidth in timing.py.
+the backward pass reads x, dy and taps and writes all gradients) over the bandwidth in chela_plugin/bench/timing.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
 from torch import Tensor
 
+from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
 from chela_plugin.kernels.long_conv import configs, long_conv
 
 TOKENS = 32768

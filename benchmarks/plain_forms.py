@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +18,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from timing import quantiles, revision_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from chela_plugin import create_mixer
+from chela_plugin.bench.timing import conditions, quantiles
 from chela_plugin.kernels.long_conv.reference import direct, fft
 from chela_plugin.kernels.selective_scan import reference as scan
 from chela_plugin.layers.causal_conv import CausalConv
@@ -124,14 +122,7 @@ def main() -> None:
     for name, runs in cases.items():
         results.append({"case": name, "ms": times(runs, args.rounds)})
         print(json.dumps(results[-1]), flush=True)
-    record = {
-        "device": f"one core, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "revision": revision_of(args.revision),
-        "load": [round(load, 2) for load in os.getloadavg()],  # of the machine: what else ran beside it
-        "rounds": args.rounds,
-        "results": results,
-    }
+    record = {**conditions(args.revision, "cpu"), "rounds": args.rounds, "results": results}
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
