@@ -245,6 +245,48 @@ def _unequal(manifest: dict[str, Any], records: Sequence[dict[str, Any]]) -> boo
     return bool(wrong)
 
 
+@app.command()
+def data(
+    task: Annotated[
+        list[str], typer.Argument(metavar="TASK [KEY=VALUE]...", help="YAML file or shipped task such as mqar.")
+    ],
+    show: Annotated[int, typer.Option(min=0, help="Examples of the training split to print.")] = 2,
+) -> None:
+    """Generate or check a task's data: how much, how fast, where it lies, and what it looks like."""
+    import time
+
+    from rich.progress import Progress
+
+    from chela_plugin.harness.config import ConfigError, is_override, load_task, shipped
+
+    sources = [word for word in task if not is_override(word)]
+    if len(sources) != 1:
+        raise ConfigError(f"name one task: a YAML file, or a shipped one: {', '.join(shipped('tasks'))}")
+    config = load_task(sources[0], [word for word in task if is_override(word)])
+
+    from chela_plugin.harness.extras import need
+    from chela_plugin.harness.preview import preview
+    from chela_plugin.harness.tasks import SPLITS, cache, examples
+
+    for package, extra in config.packages:
+        need(package, extra)
+    for split in SPLITS:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            work = bar.add_task(f"{config.task}, {split}", total=None)
+            with cache.reporting(lambda done, total, bar=bar, work=work: bar.update(work, completed=done, total=total)):
+                start = time.perf_counter()
+                found = examples(config, split)
+                seconds = time.perf_counter() - start
+        shape = " x ".join(map(str, found.inputs.shape[1:]))
+        _say(f"{split:<11}{len(found):>9,} examples of {shape}, {len(found) / seconds:,.0f}/s, {found.sha256()[:16]}")
+        if split == "train":
+            shown = [preview(found, row * len(found) // max(1, show)) for row in range(min(show, len(found)))]
+    if config.generated:
+        _say(f"kept in {cache.folder()}, read from there from now on")
+    for picture in shown:
+        _say("\n" + picture)
+
+
 def _report(folder: Path) -> bool:
     """Write and show a report; returns whether a run in it has no result or had other terms than the others."""
     from chela_plugin.harness.report import write_report

@@ -21,11 +21,12 @@ class DigitsTask(TaskConfig):
 
 
 class BytesTask(TaskConfig):
-    """The running Python's own standard library as bytes; bits per byte. No file is in two splits."""
+    """Text as bytes, by default the running Python's own standard library; bits per byte. No file is in two splits."""
 
     backbone_kind: ClassVar[str] = "language"
     module: ClassVar[str] = "byte_text"
     task: Literal["bytes"]
+    path: str | None = Field(None, description="a text file, or a folder all of whose files are read")
     context: int = Field(256, ge=8, description="bytes a sequence")
     train_bytes: int = Field(2_000_000, ge=1)
     validation_bytes: int = Field(65_536, ge=1)
