@@ -102,13 +102,13 @@ def _forward_fake(o, v, skip, weight, gate, eps):
 
 @backward_op.register_fake
 def _backward_fake(dy, o, v, skip, weight, gate, eps):
-    nothing = o.new_empty(0)
+    # A tensor of its own for each: outputs that share one would be declared aliases.
     return (
         o.new_empty(o.shape),
-        nothing if v is None or skip is None else o.new_empty(v.shape),
-        nothing if skip is None else skip.new_empty(skip.shape),
+        o.new_empty(0 if v is None or skip is None else v.shape),
+        o.new_empty(0) if skip is None else skip.new_empty(skip.shape),
         weight.new_empty(weight.shape),
-        nothing if gate is None else o.new_empty(gate.shape),
+        o.new_empty(0 if gate is None else gate.shape),
     )
 
 

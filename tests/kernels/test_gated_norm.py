@@ -111,3 +111,15 @@ def test_arguments_that_do_not_fit_are_refused(change, said):
     tensors, _ = case(1, 4, 2, 2, torch.float32)
     with pytest.raises(ValueError, match=said):
         gated_norm(**tensors | change)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="operators launch kernels; the test above starts this one")
+@pytest.mark.parametrize(("skip", "gate"), [(True, True), (False, False)])
+def test_operators_pass_opcheck(skip, gate):
+    from chela_plugin.kernels.gated_norm import ops
+
+    tensors, dy = case(1, 5, 2, 16, torch.float32, skip=skip, gate=gate)
+    given = [tensors.get(name) for name in ("o", "v", "skip", "weight", "gate")]
+    leaves = [x if x is None else x.clone().requires_grad_() for x in given]
+    torch.library.opcheck(ops.forward_op, (*leaves, 1e-5))
+    torch.library.opcheck(ops.backward_op, (dy, *given, 1e-5))
