@@ -255,7 +255,7 @@ def data(
     """Generate or check a task's data: how much, how fast, where it lies, and what it looks like."""
     import time
 
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from chela_plugin.harness.config import ConfigError, is_override, load_task, shipped
 
@@ -273,7 +273,11 @@ def data(
     for split in SPLITS:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             work = bar.add_task(f"{config.task}, {split}", total=None)
-            with cache.reporting(lambda done, total, bar=bar, work=work: bar.update(work, completed=done, total=total)):
+
+            def advance(done: int, total: int, bar: Progress = bar, work: TaskID = work) -> None:
+                bar.update(work, completed=done, total=total)
+
+            with cache.reporting(advance):
                 start = time.perf_counter()
                 found = examples(config, split)
                 seconds = time.perf_counter() - start

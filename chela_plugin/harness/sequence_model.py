@@ -76,7 +76,7 @@ class SequenceModel(nn.Module):
         if not channels:
             nn.init.normal_(self.embed.weight, std=config.initializer_range)
         for layer in self.layers:
-            for weight in layer.mlp.parameters():
+            for weight in layer.get_submodule("mlp").parameters():
                 nn.init.normal_(weight, std=config.initializer_range)
 
     def forward(self, inputs: Tensor) -> Tensor:

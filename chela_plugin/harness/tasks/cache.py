@@ -81,6 +81,7 @@ def _load(path: Path) -> Examples | None:
         return None
     tensors, about = saved
     try:
-        return Examples(**tensors, **(about | {"slices": tuple(about["slices"])}))
+        fields: dict[str, Any] = {**tensors, **about, "slices": tuple(about["slices"])}
+        return Examples(**fields)
     except (TypeError, KeyError):  # of another version of Examples
         return None

@@ -117,7 +117,7 @@ def fuzzy_recall(config: FuzzyRecallTask, count: int, train: bool, rng: np.rando
         known = {probe: value()}
         size = len(probe) + len(known[probe])
         # The rule's bound lets a short probe fall behind the last pair and be asked for without having been shown.
-        place = min(rng.integers(0, length - 2 * size), length - size - 2 * (most_key + most_value))
+        place = min(int(rng.integers(0, length - 2 * size)), length - size - 2 * (most_key + most_value))
         shown: set[tuple[int, ...]] = set()
         line: list[int] = []
         wanted: list[int] = []
