@@ -65,9 +65,8 @@ def _read(path: Path) -> dict[str, bytes]:
     contents = {}
     try:
         if path.is_dir():
-            found = {
-                file.name: file for folder in (path, path / "cifar-10-batches-bin") for file in folder.glob("*_batch*")
-            }
+            folders = (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py")
+            found = {file.name: file for folder in folders for file in folder.glob("*_batch*")}
             contents = {name: found[name].read_bytes() for name in names if name in found}
             if not contents and {"data_batch_1", "test_batch"} & found.keys():
                 raise DataError(f"task lra_image: {path} holds the Python version, which is a pickle; {WHERE}")

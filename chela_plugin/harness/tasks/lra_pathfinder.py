@@ -226,7 +226,8 @@ def _stamps(rules: Rules, margin: int) -> _Stamps:
     lined = np.ones((rules.size, rules.size), bool)
     lined[far:-far, far:-far] = False
     lined = np.pad(lined, 2 * reach)  # outside is nothing, as the original's dilation has it
-    places = np.argwhere(np.ones((rules.size, rules.size), bool))
+    middle = np.arange(max(0, far - 2 * reach), min(rules.size, rules.size - far + 2 * reach))
+    places = np.stack(np.meshgrid(middle, middle, indexing="ij"), -1).reshape(-1, 2)  # no others can be free
     footprints, starts = [], []
     for mask in masks[:360]:
         # In the original the dash's start lies one pixel off the middle of the window that is laid on each place.
