@@ -13,14 +13,13 @@ from chela_plugin.kernels.backend import precision
 from . import triton_modal as kernels
 from .configs import ModalBlocks, modal_blocks_for, modal_segment_size
 
-PASSES = ("ends", "forward", "backward")
-
 
 class Plan(NamedTuple):
     """How tokens and channels fall to programs.
 
     rows: sequences. segments: in all, `per_row` a row where rows are equally long. size: tokens of a segment. places:
-    where segments of packed sequences stand, `[3, segments]`: first token, tokens before it, tokens from it on; or None.
+    where segments of packed sequences stand, `[4, segments]`: first token, tokens before it, tokens from it on,
+    first slot of its chunks' states; or None.
     group: channels that share a filter. channels: channels a program (CB). blocks: programs side by side for a group.
     """
 
@@ -76,7 +75,10 @@ def plan_for(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> P
         before = (slot - (end - count)[owner]) * size
         left = length[owner] - before
         # A slot behind the last sequence is a sequence of no tokens.
-        places = torch.stack([torch.where(left > 0, row, 0) for row in (begin[owner] + before, before, left)])
+        # Slots of a sequence start at begin / chunk + its number: as many as its chunks need, whatever the lengths.
+        chunk = modal_blocks_for(x.dtype, "forward").chunk
+        states = begin[owner] // chunk + owner + before // chunk
+        places = torch.stack([torch.where(left > 0, row, 0) for row in (begin[owner] + before, before, left, states)])
         per_row = segments
     rows = batch if packed is None else packed
     if packed is not None and size >= tokens:  # every sequence is one segment: slots beyond them stay empty
@@ -124,14 +126,10 @@ def _grid(blocks: ModalBlocks, plan: Plan) -> tuple[int]:
     return (plan.Q * triton.cdiv(plan.segments, blocks.columns // plan.channels),)
 
 
-def _states(count: int, plan: Plan, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(count, plan.Q, plan.channels, plan.SP, dtype=dtype, device=x.device)
-
-
 def _starts(x: Tensor, u: Tensor | None, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
     """The states that segments start from, or with `reverse` the adjoint ones that they end with."""
     blocks = modal_blocks_for(x.dtype, "ends")
-    ends = _states(plan.segments, plan, x, torch.float32)
+    ends = torch.empty(plan.segments, plan.Q, plan.channels, plan.SP, dtype=torch.float32, device=x.device)
     starts = torch.empty_like(ends)
     places = x if plan.places is None else plan.places
     other = x if u is None else u
@@ -164,7 +162,7 @@ def forward(
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
     plan = plan_for(x, log_time.shape[0], log_time.shape[1], cu_seqlens)
     blocks = modal_blocks_for(x.dtype, "forward")
-    states = saved_states(x, plan) if save else x.new_empty(0)
+    states = saved_states(x, *log_time.shape, cu_seqlens) if save else x.new_empty(0)
     if x.numel() == 0:
         return y, u, states
     log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
@@ -179,10 +177,13 @@ def forward(
     return y, u, states
 
 
-def saved_states(x: Tensor, plan: Plan) -> Tensor:
-    """Room for the state at each chunk's start, in x's dtype."""
+def saved_states(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the state at each chunk's start, in x's dtype. No branch on a size: a graph may leave T open."""
+    batch, tokens, channels = x.shape
     chunk = modal_blocks_for(x.dtype, "forward").chunk
-    return _states(plan.segments * (plan.size // chunk), plan, x, x.dtype)
+    slots = batch * triton.cdiv(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
+    width, blocks = channels_of(groups, channels)
+    return x.new_empty(slots, groups * blocks, width, state_places(modes))
 
 
 def backward(

@@ -79,17 +79,9 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _forward_fake(x, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save):
-    computed = multiplied_as(x)
-    u = x.new_empty(x.shape if save and silu else (0,), dtype=computed)
-    states = x.new_empty(0, dtype=computed)
-    if save:
-        packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        groups, modes = log_time.shape
-        size, segments = launch.count_segments(x.shape[0], x.shape[1], packed, groups, x.shape[2])
-        width, blocks = launch.channels_of(groups, x.shape[2])
-        chunk = launch.modal_blocks_for(computed, "forward").chunk
-        shape = (segments * (size // chunk), groups * blocks, width, launch.state_places(modes))
-        states = x.new_empty(shape, dtype=computed)
+    computed = x.new_empty(x.shape, dtype=multiplied_as(x))
+    u = computed if save and silu else computed.new_empty(0)
+    states = launch.saved_states(computed, *log_time.shape, cu_seqlens) if save else computed.new_empty(0)
     return x.new_empty(x.shape), u, states
 
 

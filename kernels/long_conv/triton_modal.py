@@ -85,11 +85,12 @@ def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size,
 
 
 @triton.jit
-def _columns(places, T, D, R, Q, segments, per_row, size, blocks, CB: tl.constexpr, N: tl.constexpr,
+def _columns(places, T, D, R, Q, segments, per_row, size, blocks, C: tl.constexpr, CB: tl.constexpr, N: tl.constexpr,
              PACKED: tl.constexpr):  # fmt: skip
     """This program's group, channel block and, for its columns: segment, channel, first token, what lies around it.
 
-    q: channel block in all, of Q; before: tokens of the sequence before the segment; left: from its start on."""
+    q: channel block in all, of Q; before: tokens of the sequence before the segment; left: from its start on; slot:
+    where the states of its chunks begin."""
     pid = tl.program_id(0)
     q = pid % Q
     n = tl.arange(0, N)
@@ -101,13 +102,16 @@ def _columns(places, T, D, R, Q, segments, per_row, size, blocks, CB: tl.constex
         begin = tl.load(places + segment, live, other=0)
         before = tl.load(places + segments + segment, live, other=0)
         left = tl.load(places + 2 * segments + segment, live, other=0)
+        slot = tl.load(places + 3 * segments + segment, live, other=0)
         row = begin * 0
     else:
         row = (segment // per_row).to(tl.int64)
         before = (segment % per_row).to(tl.int64) * size
         begin = before
         left = tl.where(live, T - before, 0)
-    return g.to(tl.int64), q.to(tl.int64), segment.to(tl.int64), (g * R + channel).to(tl.int64), live, row, begin, before, left
+        slot = row * ((T + C - 1) // C) + before // C
+    d = (g * R + channel).to(tl.int64)
+    return g.to(tl.int64), q.to(tl.int64), segment.to(tl.int64), d, live, row, begin, before, left, slot
 
 
 @triton.jit
@@ -152,7 +156,9 @@ def modal_ends(x, u, ends, into, turn, places, T, D, R, Q, segments, per_row, si
                REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                STAGES: tl.constexpr):  # fmt: skip
     """What each segment adds to the state, `[segments, Q, CB, SP]`; REVERSE: against time, of x = dy under SiLU'(u)."""
-    g, q, segment, d, live, row, begin, before, left = _columns(places, T, D, R, Q, segments, per_row, size, blocks, CB, N, PACKED)
+    g, q, segment, d, live, row, begin, before, left, slot = _columns(
+        places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
+    )
     r, s = tl.arange(0, C), tl.arange(0, SP)
     dtype = into.dtype.element_ty
     tile = g * (2 * C * SP) + r[:, None] * SP + s[None, :]
@@ -221,7 +227,9 @@ def modal_forward(x, y, u, states, starts, taps, into, out, turn, short, scale, 
                   SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr,
                   PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each chunk's state."""
-    g, q, segment, d, live, row, begin, before, left = _columns(places, T, D, R, Q, segments, per_row, size, blocks, CB, N, PACKED)
+    g, q, segment, d, live, row, begin, before, left, slot = _columns(
+        places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
+    )
     r, s = tl.arange(0, C), tl.arange(0, SP)
     H: tl.constexpr = C // RUN
     dtype = into.dtype.element_ty
@@ -247,14 +255,13 @@ def modal_forward(x, y, u, states, starts, taps, into, out, turn, short, scale, 
     if BIAS:
         shift = tl.load(bias + d, live, other=0.0).to(tl.float32)
     h = tl.arange(0, H) * RUN
-    per_segment = size // C
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
     for c in tl.range(0, chunks, num_stages=STAGES):
         t = c * C + r
         held = t[:, None] < left[None, :]
         XT = tl.trans(tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0))
         if SAVE:
-            at = _state_at(states, segment * per_segment + c, q, Q, SP, CB, N, False)
+            at = _state_at(states, slot + c, q, Q, SP, CB, N, False)
             tl.store(at, S1.to(dtype), (live & (c * C < left))[:, None])
         acc = tl.dot(XT, NT, input_precision=PRECISION)
         acc = tl.dot(S1.to(dtype), WT, acc, input_precision=PRECISION)
@@ -293,7 +300,9 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
     """dx, and this program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; per segment and
     channel dchannel `[K + 2, segments, D]`: short taps, scale, bias."""
     pid = tl.program_id(0).to(tl.int64)
-    g, q, segment, d, live, row, begin, before, left = _columns(places, T, D, R, Q, segments, per_row, size, blocks, CB, N, PACKED)
+    g, q, segment, d, live, row, begin, before, left, slot = _columns(
+        places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
+    )
     r, s = tl.arange(0, C), tl.arange(0, SP)
     H: tl.constexpr = C // RUN
     AHEAD: tl.constexpr = K - 1 if K > 0 else 0
@@ -318,7 +327,6 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
     if SCALE:
         factor = tl.load(scale + d, live, other=0.0).to(tl.float32)
     h = tl.arange(0, H) * RUN
-    per_segment = size // C
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
     acc_near = tl.zeros((C, C), tl.float32)
     acc_into = tl.zeros((C, SP), tl.float32)
@@ -375,7 +383,7 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
         tl.store(dx[None, :] + t.to(tl.int64)[:, None] * y_t, total.to(dtype), t[:, None] < left[None, :])
         if SCALE:
             acc_scale += _sum_runs(wide * back)
-        at = _state_at(states, segment * per_segment + c, q, Q, SP, CB, N, False)
+        at = _state_at(states, slot + c, q, Q, SP, CB, N, False)
         S = tl.load(at, (live & (c * C < left))[:, None], other=0.0).to(tl.float32) * factor[:, None]
         acc_near = tl.dot(G, tl.trans(X), acc_near, input_precision=PRECISION)
         acc_out = tl.dot(G, S.to(dtype), acc_out, input_precision=PRECISION)
