@@ -13,12 +13,10 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
     """'triton' or 'reference': what runs on `device`.
 
     Triton on CUDA, and under `TRITON_INTERPRET=1` on a CPU too; plain PyTorch elsewhere and for fp64.
-    `CHELA_BACKEND=reference|triton` overrides. Raises ValueError if CHELA_BACKEND is neither, RuntimeError if it asks
-    for Triton where Triton can't run.
+    `CHELA_BACKEND=reference|triton` overrides (`peer` is for mixers whose authors publish kernels, `peers.py`). Raises
+    ValueError if CHELA_BACKEND is none of these, RuntimeError if it asks for Triton where Triton can't run.
     """
-    asked = os.environ.get("CHELA_BACKEND", "")
-    if asked not in ("", "reference", "triton"):
-        raise ValueError(f"CHELA_BACKEND must be 'reference' or 'triton', got {asked!r}")
+    asked = requested()
     if asked == "reference" or dtype == torch.float64:
         return "reference"
     runs = _triton_installed() and (
@@ -29,6 +27,20 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
             "CHELA_BACKEND=triton, but Triton needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on a CPU"
         )
     return "triton" if runs else "reference"
+
+
+def requested() -> str:
+    """What CHELA_BACKEND asks for: 'reference', 'triton', 'peer', or '' for the default."""
+    asked = os.environ.get("CHELA_BACKEND", "")
+    if asked not in ("", "reference", "triton", "peer"):
+        raise ValueError(f"CHELA_BACKEND must be 'reference', 'triton' or 'peer', got {asked!r}")
+    return asked
+
+
+def computed_dtype(weight: Tensor, device: torch.device | str) -> torch.dtype:
+    """Dtype of what a linear layer of `weight` returns on `device`: autocast's where that is on."""
+    kind = torch.device(device).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _triton_installed() -> bool:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.backend import computed_dtype
+from chela_plugin.kernels.peers import peer
+
 
 class CausalConv(nn.Module):
     """`y_t = bias + sum_i weight[:, i] * x_(t - taps + 1 + i)` per channel, zeros before the row's first token.
@@ -17,7 +20,8 @@ class CausalConv(nn.Module):
 
     Written as a sum of shifted products, which makes causality plain to see and keeps the `[B, T, C]` layout. On one
     CPU core whole mixers took 0.8 to 0.9 of their time with `F.conv1d`, once 1.1
-    (`benchmarks/results/plain_forms_cpu.json`).
+    (`benchmarks/results/plain_forms_cpu.json`). On a CUDA device fla's kernel computes fp16 and bf16 where it is
+    installed.
     """
 
     def __init__(
@@ -58,9 +62,15 @@ class CausalConv(nn.Module):
 
         Returns `(y [B, T, C], state)`, the new state being the last `taps - 1` real inputs of each row.
         """
-        past = self.taps - 1
+        past, time = self.taps - 1, x.shape[1]
+        kernel = peer("causal_conv1d", x.device, x.dtype) if state is None else None
+        if kernel is not None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            y, _ = kernel(x, self.weight.to(x.dtype), bias)
+            if length is None:
+                return y, F.pad(x[:, max(time - past, 0) :], (0, 0, max(past - time, 0), 0))
+            return y, self._last_inputs(F.pad(x, (0, 0, past, 0)), length)
         padded = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat((state.to(x.dtype), x), dim=1)
-        time = x.shape[1]
         weight = self.weight.to(x.dtype)
         y = padded[:, :time] * weight[:, 0]
         for i in range(1, self.taps):
@@ -69,5 +79,14 @@ class CausalConv(nn.Module):
             y = y + self.bias.to(x.dtype)
         if length is None:
             return y, padded[:, time:]
-        last = length[:, None] + torch.arange(past, device=x.device)
-        return y, padded.gather(1, last[..., None].expand(-1, -1, x.shape[-1]))
+        return y, self._last_inputs(padded, length)
+
+    def _last_inputs(self, padded: Tensor, length: Tensor) -> Tensor:
+        """The last `taps - 1` real inputs of each row, of rows with as many places before their first token."""
+        last = length[:, None] + torch.arange(self.taps - 1, device=padded.device)
+        return padded.gather(1, last[..., None].expand(-1, -1, padded.shape[-1]))
+
+    def beside(self, path: str, device: torch.device | str) -> str:
+        """`path` of the mixer's other part, and whether this part runs a kernel on `device`."""
+        kernel = peer("causal_conv1d", device, computed_dtype(self.weight, device))
+        return path if kernel is None else f"{path}, fla causal_conv1d"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chela_plugin.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from chela_plugin.kernels.backend import computed_dtype
+from chela_plugin.kernels.gated_delta_rule import backend, gated_delta_rule, gated_delta_rule_step
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.initial import log_uniform_step_bias, reset_projections
 from chela_plugin.layers.long_kernel import no_weight_decay
@@ -63,6 +64,10 @@ class GatedDeltaNet(RecurrentMixer):
         self.norm.reset_parameters()
         self.log_rate.uniform_(1, 16).log_()  # as in Mamba-2, arXiv:2405.21060; the published code starts at 0
         log_uniform_step_bias(self.step_bias)
+
+    def path(self, device: torch.device | str) -> str:
+        scan = backend(device, computed_dtype(self.proj.weight, device), self.key_dim)
+        return self.conv.beside(scan, device)
 
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels import gated_linear_attention as channel_decay
 from chela_plugin.kernels import linear_attention as kernel
+from chela_plugin.kernels.backend import computed_dtype
 from chela_plugin.kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache
@@ -65,7 +67,8 @@ class GatedLinearAttention(RecurrentMixer):
         self.norm.reset_parameters()
 
     def path(self, device: torch.device | str) -> str:
-        return "reference" if self.decay == "channel" else kernel.backend(device, self.proj.weight.dtype)
+        dtype = computed_dtype(self.proj.weight, device)
+        return channel_decay.backend(device, dtype) if self.decay == "channel" else kernel.backend(device, dtype)
 
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

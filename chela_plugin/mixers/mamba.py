@@ -60,6 +60,9 @@ class Mamba(RecurrentMixer):
         self.log_rate.copy_(rates.log().expand_as(self.log_rate))
         nn.init.ones_(self.skip)
 
+    def path(self, device: torch.device | str) -> str:
+        return self.conv.beside("reference", device)
+
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Cache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.kernels import linear_attention as kernel
+from chela_plugin.kernels.backend import computed_dtype, requested
+from chela_plugin.kernels.peers import peer
+from chela_plugin.kernels.precision import without_autocast
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.initial import log_uniform_step_bias
 from chela_plugin.layers.long_kernel import no_weight_decay
@@ -17,6 +21,16 @@ from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, divide, expanded
 from chela_plugin.mixers.linear_attention import attend, empty_state
 from chela_plugin.mixers.recurrent import RecurrentMixer
+
+PUBLISHED_CHUNK = 256
+
+
+def published_scan(device: torch.device | str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """mamba-ssm's Triton kernels for whole sequences, asked for with `CHELA_BACKEND=peer`; else None.
+
+    The function is linear attention with a decay a head, for which our own kernel is there.
+    """
+    return peer("mamba_chunk_scan_combined", device, dtype) if requested() == "peer" else None
 
 
 class Mamba2(RecurrentMixer):
@@ -64,7 +78,9 @@ class Mamba2(RecurrentMixer):
         nn.init.ones_(self.skip)
 
     def path(self, device: torch.device | str) -> str:
-        return kernel.backend(device, self.proj.weight.dtype)
+        dtype = computed_dtype(self.proj.weight, device)
+        scan = kernel.backend(device, dtype) if published_scan(device, dtype) is None else "mamba_ssm"
+        return self.conv.beside(scan, device)
 
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -85,7 +101,14 @@ class Mamba2(RecurrentMixer):
         v = v.unflatten(-1, (self.num_heads, self.head_dim))
         precise = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(precise) + self.step_bias.to(precise))
-        log_decay = -self.log_rate.to(precise).exp() * dt
+        rate = -self.log_rate.to(precise).exp()
+        scan = published_scan(x.device, v.dtype) if cache is None else None
+        if scan is not None:
+            k, q = (part.unflatten(-1, (self.num_groups, self.d_state)) for part in (k, q))
+            with without_autocast(v):
+                y = scan(v, dt, rate, k, q, PUBLISHED_CHUNK, self.skip.to(precise))
+            return self.proj(self.norm(y.flatten(-2), z))
+        log_decay = rate * dt
         stepped = (v * dt[..., None]).to(v.dtype)
         y = attend(self._heads(q), self._heads(k), stepped, log_decay, cache, scale=1.0, length=length)
         y = y + self.skip.to(v.dtype)[:, None] * v

@@ -1,0 +1,91 @@
+"""Kernels of other packages that compute our ops on a CUDA device: flash-linear-attention's and mamba-ssm's.
+
+They take fp16 and bf16: in fp32 theirs multiply in tf32, so there the plain PyTorch definitions run. None of them can
+be traced whole by `torch.compile(fullgraph=True)`; `torch.export` gets the definitions.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from chela_plugin.kernels.backend import requested
+
+HOMES = {
+    "chunk_gla": "fla.ops.gla",
+    "chunk_gated_delta_rule": "fla.ops.gated_delta_rule",
+    "chunk_kda": "fla.ops.kda",
+    "causal_conv1d": "fla.modules.causal_conv1d",
+    "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+}
+
+
+def peer(name: str, device: torch.device | str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The function `name` if it is to compute inputs of `dtype` on `device`, else None.
+
+    None on other devices than CUDA, for other dtypes than fp16 and bf16, under `CHELA_BACKEND=reference`, while
+    exporting, and where its package can't be imported; `CHELA_BACKEND=peer` makes the last a RuntimeError.
+    """
+    asked = requested()
+    if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or asked == "reference":
+        return None
+    if torch.compiler.is_exporting():
+        return None
+    function, reason = find(name)
+    if function is None and asked == "peer":
+        raise RuntimeError(f"CHELA_BACKEND=peer, but {HOMES[name]}.{name} can't be imported: {reason}")
+    return function
+
+
+@functools.cache
+def find(name: str) -> tuple[Callable[..., Any] | None, str]:
+    """The function and '', or None and why not. A package that is there but can't be imported is a warning, once."""
+    home = HOMES[name]
+    package = home.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None, f"{package} is not installed"
+    try:
+        return getattr(_import(home, spec.submodule_search_locations), name), ""
+    except Exception as error:  # a mismatch with torch, triton or a compiled extension takes many forms
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{home} is installed but can't be imported, so plain PyTorch runs ({reason})", stacklevel=3)
+        return None, reason
+
+
+def _import(home: str, path: Any) -> types.ModuleType:
+    package = home.partition(".")[0]
+    if package != "mamba_ssm" or package in sys.modules:
+        return importlib.import_module(home)
+    # `import mamba_ssm` asks for its CUDA extension, its Triton kernels don't: import them under a bare parent, and
+    # leave the name to whoever imports the package itself.
+    parent = types.ModuleType(package)
+    parent.__path__ = list(path)
+    sys.modules[package] = parent
+    try:
+        return importlib.import_module(home)
+    finally:
+        del sys.modules[package]
+
+
+@functools.cache
+def gated_backward_refused() -> bool:
+    """Whether fla refuses the gradient of the gated delta rule here.
+
+    On Hopper Triton 3.4 to 3.7.0 compiles a product in that kernel wrongly, so fla raises (its issue 640) unless
+    tilelang is there to compute it.
+    """
+    import triton
+
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    wrong = Version("3.4") <= Version(triton.__version__) < Version("3.7.1")
+    return hopper and wrong and importlib.util.find_spec("tilelang") is None
