@@ -4,7 +4,7 @@
 
 Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, where it is installed) and
 PyTorch's flash attention. The floor counts every input read once and every output written once, backward
-inputs, dO and gradients, at the bandwidth in chela_plugin/bench/timing.py. Times are milliseconds: median, 20 % and 80 %.
+inputs, dO and gradients, at the bandwidth in chela_plugin/bench/timing.py. Times are milliseconds: median, 20 %, 80 %.
 """
 
 from __future__ import annotations
