@@ -79,9 +79,9 @@ def slices(manifest: dict[str, Any], records: Sequence[Record]) -> bytes | None:
     for ablation, config in manifest["ablations"].items():
         for task in config["tasks"]:
             rows = [r for r in collect(records, ablation, task["task"], config["mixers"]) if r.tests]
-            parts = dict.fromkeys(name for r in rows for t in r.tests.values() for name in t.get("slices", {}))
+            parts = list(dict.fromkeys(name for r in rows for t in r.tests.values() for name in t.get("slices", {})))
             if parts:
-                panels.append((f"{ablation}/{task['task']}", config["mixers"], rows, list(parts)))
+                panels.append((f"{ablation}/{task['task']}", config["mixers"], rows, parts))
     if not panels:
         return None
     figure = Figure(figsize=(13, 3.8 * len(panels) + 0.4), layout="constrained")

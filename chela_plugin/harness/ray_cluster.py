@@ -80,17 +80,17 @@ def run_on_ray(
     _check_nodes(folder, ablations)
     gpus = ray.cluster_resources().get("GPU", 0)
     shared = ray.put(ablations)
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=_on(_this_node(), soft=True)).remote()
+    mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=_on(_this_node(), soft=True)).remote()
     tasks: dict[Any, Cell] = {}
     for cell in pending:
         training = ablations[cell.ablation].training
-        task = ray.remote(_run_cell).options(
+        on_slots: Any = ray.remote(_run_cell).options(
             num_cpus=training.threads,
             num_gpus=1 if gpus and training.accelerator != "cpu" else 0,
             max_retries=RETRIES,
             name=str(cell),
         )
-        tasks[task.remote(cell, shared, str(folder), tuple(trackers), mailbox)] = cell
+        tasks[on_slots.remote(cell, shared, str(folder), tuple(trackers), mailbox)] = cell
 
     under_way: dict[str, Cell] = {}
     told = False
@@ -235,7 +235,7 @@ def _check_nodes(folder: Path, ablations: dict[str, Ablation]) -> None:
         raise ConfigError("training.accelerator is cuda, and the Ray cluster has no GPU; use auto or cpu")
     manifest = str(folder / "manifest.json")
     ours = _look(manifest)
-    look = ray.remote(_look)
+    look: Any = ray.remote(_look)
     answers = [
         look.options(num_cpus=0, scheduling_strategy=_on(node["NodeID"], soft=False)).remote(manifest) for node in nodes
     ]

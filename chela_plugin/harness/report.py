@@ -47,8 +47,11 @@ def write_report(folder: Path) -> Report:
 def _terms(manifest: dict[str, Any], records: Sequence[Record]) -> list[str]:
     """Whether the runs had equal terms: a sentence, and one for each that had others."""
     count, wrong = violations(manifest, records)
-    what = "parameters, data, order of examples, steps, schedule, device, versions, learning rate, readings of the test split"
-    return [f"Equal terms: {count} finished runs were compared by {what}; {len(wrong) or 'no'} violations.", *wrong]
+    said = (
+        f"Equal terms: {count} finished runs were compared by parameters, data, order of examples, steps, schedule, "
+        f"device, versions, learning rate and readings of the test split; violations: {len(wrong)}."
+    )
+    return [said, *wrong]
 
 
 def _markdown(found: Sequence[Table], drawn: Sequence[str], terms: Sequence[str]) -> str:

@@ -57,7 +57,7 @@ def _runs(config: dict[str, Any], runs: Sequence[Record]) -> Iterator[str]:
         return
     model = (baselines or runs)[0]
     target = model["parameters"] if baselines else model["parameters"] / model["parameter_ratio"]
-    orders: dict[int, Any] = {}
+    first: dict[int, Record] = {}  # by seed
     for run in [*baselines, *(r for r in runs if r not in baselines)]:
         ratio = run["parameters"] / target
         if abs(ratio - 1) > config["parameter_tolerance"]:
@@ -67,8 +67,9 @@ def _runs(config: dict[str, Any], runs: Sequence[Record]) -> Iterator[str]:
                 yield f"{_name(run)}: another {term} than {_name(model)}: {shown(run)} against {shown(model)}"
         if run["steps"] != config["training"]["steps"]:
             yield f"{_name(run)}: {run['steps']} steps, the ablation says {config['training']['steps']}"
-        if run.get("order") != orders.setdefault(run["seed"], run.get("order")):
-            yield f"{_name(run)}: another order of examples than the other runs of this seed"
+        other = first.setdefault(run["seed"], run)
+        if run.get("order") != other.get("order"):
+            yield f"{_name(run)}: another order of examples than {_name(other)}"
         for key, grid in (("mixer", "mixers"), ("seed", "seeds"), ("learning_rate", "learning_rates")):
             if run[key] not in config[grid]:
                 yield f"{_name(run)}: its {key} is not in the ablation's {grid}"

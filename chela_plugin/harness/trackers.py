@@ -63,7 +63,7 @@ class Curves:
     def _start(self, name: str) -> Any:
         """A run of the tracker; the same cell goes on in the same one."""
         package = importlib.import_module(name)
-        run = {"project": PROJECT, "group": f"{self.cell.ablation}/{self.cell.task}", "resume": "allow"}
+        run: dict[str, Any] = {"project": PROJECT, "group": f"{self.cell.ablation}/{self.cell.task}", "resume": "allow"}
         run |= {"config": {**vars(self.cell), "ablation_config": self.config}}
         # Cells of two folders may be equal; their curves are not one run.
         key = f"{self.cell.id}-{digest(str(self.folder.resolve()))[:6]}"

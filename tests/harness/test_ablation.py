@@ -1,6 +1,8 @@
 """A whole ablation: equal terms, one reading of the test split, no run done twice, no failure that stops the others."""
 
 import dataclasses
+import errno
+import io
 import json
 import math
 import multiprocessing
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from chela_plugin.harness import ablation, cell, grid, workers
 from chela_plugin.harness.config import ConfigError, load_ablation
-from chela_plugin.harness.results import ResultsError, read_records
+from chela_plugin.harness.results import ResultsError, load_tensors, open_for_reading, read_records
+from chela_plugin.harness.terms import violations
 from chela_plugin.registry import register_mixer
 
 
@@ -52,13 +56,15 @@ def broken(dim, *, causal, depth=None, layer_idx=None, device=None, dtype=None):
     return Broken()
 
 
-def test_every_run_of_a_task_has_equal_terms(tiny, ablate):
+def test_every_run_of_a_task_has_equal_terms(tiny, ablate, tmp_path):
     runs = of_kind(ablate(tiny(mixers=["identity", "attention", "attention + identity"], backbone__depth=2)), "run")
     assert [r["status"] for r in runs] == ["finished"] * 3, [r.get("reason") for r in runs]
     assert all(abs(r["parameter_ratio"] - 1) <= 0.02 for r in runs)
     for key in ("data", "steps", "tokens", "learning_rate", "seed", "versions", "device"):
         assert len({json.dumps(r[key]) for r in runs}) == 1, key
     assert all(len(r["history"]["step"]) == 2 for r in runs)
+    assert len({(r["order"], r["schedule"]) for r in runs}) == 1 and None not in (runs[0]["order"], runs[0]["schedule"])
+    assert violations(*open_for_reading(tmp_path / "out")) == (3, [])
 
 
 def test_language_models_are_compared_in_bits_per_byte_and_by_what_decoding_keeps(tiny, ablate):
@@ -237,18 +243,135 @@ def test_runs_are_not_added_to_those_that_saw_other_data(tiny, ablate, tmp_path,
     assert log.read_bytes() == first_run
 
 
-@pytest.mark.parametrize("model", ["chela_vit_tinny", "vit_tiny_patch16_224"])
-def test_a_backbone_that_takes_no_mixer_is_refused_before_any_run(tiny, ablate, tmp_path, model):
-    with pytest.raises(ConfigError, match=rf"backbone\.model '{model}' is no chela_vit; choose one of chela_vit_base"):
-        ablate(tiny(backbone__model=model))
+@pytest.mark.parametrize("other", ["attention()", "2*attention", "attention + attention"])
+def test_two_spellings_of_one_model_collide_and_are_refused_before_any_run(tiny, ablate, tmp_path, other):
+    with pytest.raises(ConfigError, match=r"'attention' and '.*' are the same model: two cells would collide"):
+        ablate(tiny(mixers=["attention", other], backbone__depth=2))
     assert not (tmp_path / "out").exists()
+
+
+def saved_steps(folder: Path) -> int:
+    """Steps that the checkpoints in a results folder hold, all cells together."""
+    states = [load_tensors(p) for p in folder.glob("cells/*/run.safetensors")]
+    return sum(state[1]["step"] for state in states if state is not None)
+
+
+def test_in_slices_of_a_single_step_it_ends_as_if_undisturbed(tiny, ablate, tmp_path, quiet, comparable):
+    path = tiny(training__steps=3, training__evaluate_every=3, mixers=["identity", "attention"])
+    whole = ablate(path, "whole")
+    name, config = load_ablation(path)
+    codes = []
+    while not codes or codes[-1] is not None:
+        codes.append(ablation.run_ablations({name: config}, tmp_path / "parts", quiet, max_seconds=0))
+    assert codes == [75] * 7 + [None]  # three steps of two cells, two readings of the test split
+    parts = read_records(tmp_path / "parts" / "results.jsonl")[0]
+    assert [comparable(r) for r in parts] == [comparable(r) for r in whole]
+
+
+def test_a_disk_that_is_full_at_any_write_loses_nothing_finished(tiny, ablate, tmp_path, monkeypatch, comparable):
+    path = tiny(training__steps=2, training__evaluate_every=2, mixers=["identity"], baseline="identity")
+    whole = ablate(path, "whole")
+    real = os.fsync
+    writes = 0
+
+    def full(handle):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    while True:  # fails at the first write, the second, ... until none is left to fail
+        left, out = writes, f"full{writes}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            try:
+                ablate(path, out)
+                break
+            except ResultsError as error:
+                assert "No space left on device" in str(error) and "Finished runs are kept" in str(error)
+        before = read_records(tmp_path / out / "results.jsonl")[0]
+        after = ablate(path, out)
+        assert after[: len(before)] == before
+        assert [comparable(r) for r in after] == [comparable(r) for r in whole]
+        writes += 1
+    assert writes >= 8  # manifest, checkpoint, best weights: a file and its folder each; two records
+
+
+@pytest.mark.parametrize("where", ["tensorboard", "cells"])
+def test_a_disk_that_is_full_for_a_folder_or_a_curve_is_the_same_error(tiny, ablate, monkeypatch, where):
+    path = tiny(mixers=["identity"], baseline="identity")
+    with monkeypatch.context() as patch:
+        if where == "cells":
+            real = Path.mkdir
+
+            def refuse(self, *args, **kwargs):
+                if self.parent.name == "cells":
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return real(self, *args, **kwargs)
+
+            patch.setattr(Path, "mkdir", refuse)
+        else:
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+            def write(self, data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            patch.setattr(RecordWriter, "write", write)
+        with pytest.raises(ResultsError, match=rf"cannot write .*{where}.*No space left on device"):
+            ablate(path)
+    assert [r["record"] for r in ablate(path)] == ["run", "test"]
+
+
+def test_a_second_process_on_the_folder_is_refused_while_runs_go_on(tiny, tmp_path, quiet, monkeypatch):
+    name, config = load_ablation(tiny())
+    refused = []
+
+    def start(self, cell):
+        with pytest.raises(ResultsError, match="another process is writing") as error:
+            ablation.run_ablations({name: config}, tmp_path / "out", quiet)
+        refused.append(error)
+
+    monkeypatch.setattr(ablation._Events, "start", start)
+    monkeypatch.setattr(ablation._Events, "done", lambda self, cell, record: self.results.append(record))
+    assert ablation.run_ablations({name: config}, tmp_path / "out", quiet) is None
+    assert len(refused) == 2
+
+
+def test_runs_of_another_revision_are_kept_and_said(tiny, ablate, tmp_path, monkeypatch):
+    path = tiny()
+    records = ablate(path)
+    monkeypatch.setattr(ablation, "revision", lambda: {"commit": "0" * 40})
+    out = io.StringIO()
+    name, config = load_ablation(path)
+    assert ablation.run_ablations({name: config}, tmp_path / "out", Console(file=out)) is None
+    assert "2 finished runs are of another revision of this code" in out.getvalue()
+    assert read_records(tmp_path / "out" / "results.jsonl")[0] == records
+
+
+def test_each_worker_sees_one_gpu(monkeypatch):
+    config = load_ablation("digits")[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.visible_gpus([config]) == ["0", "1", "2"]
+    assert workers.default_workers([config]) == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
+    gpus = workers.visible_gpus([config])
+    seen = []
+    for slot in range(4):
+        with workers._one_gpu(gpus, slot):
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["4", "GPU-5", "6", "4"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,GPU-5,6"
+    on_cpu = config.model_copy(update={"training": config.training.model_copy(update={"accelerator": "cpu"})})
+    assert workers.visible_gpus([on_cpu]) == []
 
 
 def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, ablate, tmp_path, comparable):
     path = tiny(training__steps=40, training__evaluate_every=20, checkpoint_seconds=0)
     whole = ablate(path, "whole")
     out = tmp_path / "parts"
-    # Two processes side by side; the signal goes to the main one alone.
     command = [sys.executable, "-m", "chela_plugin.cli", "ablate", str(path), "--workers", "2", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
@@ -263,10 +386,17 @@ def test_interrupted_and_killed_it_goes_on_and_ends_as_if_undisturbed(tiny, abla
         stdout, stderr = child.communicate(timeout=60)
         return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
 
+    # Two processes side by side; the signal goes to the main one alone.
     interrupted = start_and(signal.SIGINT)
     assert interrupted.returncode == 130, interrupted.stderr
     assert f"chela ablate {path} --out {out} --workers 2" in interrupted.stdout
-    assert start_and(signal.SIGKILL).returncode == -signal.SIGKILL
+    command[command.index("--workers") + 1] = "1"
+    done = [saved_steps(out)]
+    for _ in range(3):  # in the middle of the first cell, each time
+        assert start_and(signal.SIGKILL).returncode == -signal.SIGKILL
+        done.append(saved_steps(out))
+    assert not (out / "results.jsonl").exists()
+    assert done == sorted(set(done)), done  # each start went on where the last checkpoint stood
     parts = ablate(path, "parts")
     by_cell = operator.itemgetter("record", "cell")  # side by side, runs end in any order
     assert [comparable(r) for r in sorted(parts, key=by_cell)] == [comparable(r) for r in sorted(whole, key=by_cell)]

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from chela_plugin.harness import figures
 from chela_plugin.harness import report as report_file
 from chela_plugin.harness.results import ResultsFolder
 from chela_plugin.harness.table import Row, check, marker, mean_and_spread, paired_difference, tables
@@ -33,6 +34,10 @@ def run(mixer, seed, validation):
         "learning_rate": 0.01,
         "metric": "accuracy",
         "validation": validation,
+        "validation_loss": 0.1,
+        "steps": 6,
+        "tokens": 768,
+        "data": {"train": "1", "validation": "2"},
         "parameters": 104650,
         "parameter_ratio": 1.0004,
         "tokens_per_second": 1234.5,
@@ -48,7 +53,8 @@ def run(mixer, seed, validation):
 
 def read_test(mixer, seed, value):
     names = {"ablation": "digits", "task": "digits", "mixer": mixer, "seed": seed, "cell": f"{mixer}{seed}"}
-    return {"record": "test", **names, "learning_rate": 0.01, "metric": "accuracy", "test": value, "test_loss": 0.1}
+    score = {"metric": "accuracy", "test": value, "test_loss": 0.1}
+    return {"record": "test", **names, "learning_rate": 0.01, **score, "data": {"test": "3"}}
 
 
 @pytest.fixture
@@ -136,3 +142,39 @@ def test_differences_pair_only_seeds_that_both_have():
 def test_an_unfinished_ablation_gives_a_table_of_what_is_there():
     (table,) = tables({"ablations": CONFIG}, [])
     assert [row[1] for row in table.rows] == ["-"] * 3
+
+
+def test_runs_with_other_terms_are_named_in_the_report(folder):
+    log = folder / "results.jsonl"
+    log.write_text(log.read_text().replace('"steps":6,', '"steps":5,', 1))
+    written = report_file.write_report(folder)
+    for text in (written.markdown.read_text(), written.page.read_text()):
+        assert "4 finished runs were compared" in text
+        assert "another number of steps than" in text
+
+
+def test_parts_of_the_test_split_get_a_table_that_is_checked_and_a_picture(folder):
+    with ResultsFolder(folder, CONFIG) as results:
+        records = results.records
+    for record in records:
+        if record["record"] == "test":
+            record["slices"] = {"4 pairs": 1.0, "64 pairs": record["test"]}
+    whole, parts = tables({"ablations": CONFIG}, records)
+    assert parts.key == "digits/digits by slice"
+    assert parts.rows[0] == ["chela", "100.00 ± 0.00 (2)", "97.50 ± 0.71 (2)"]
+    published = f"{whole.markdown()}\n\n{parts.markdown()}"
+    assert check(published, [whole, parts]) == (2, [])
+    assert len(check(published.replace("100.00", "100.01", 1), [whole, parts])[1]) == 1
+    assert figures.slices({"ablations": CONFIG}, records).startswith(b"\x89PNG")
+
+
+def test_speed_and_memory_are_drawn_against_length_where_there_are_several():
+    ablations = {f"bytes_{t}": {**CONFIG["digits"], "backbone": {"dim": 8, "depth": 1}} for t in (64, 256)}
+    for config in ablations.values():
+        config["training"] = {**config["training"], "precision": "32-true"}
+    records = [
+        run("chela", 0, 0.5) | {"ablation": f"bytes_{t}", "cell": str(t), "sequence_length": t, "peak_bytes": t * 2**20}
+        for t in (64, 256)
+    ]
+    assert figures.scaling({"ablations": ablations}, records).startswith(b"\x89PNG")
+    assert figures.scaling({"ablations": ablations}, records[:1]) is None
