@@ -215,7 +215,7 @@ def backward(
     wide = {"dtype": torch.float32, "device": x.device}
     C, K = blocks.chunk, 0 if short is None else short.shape[1]
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
-    channel = torch.empty(K + 2, plan.segments, x.shape[2], **wide)
+    channel = torch.empty((K + 2) * plan.segments, x.shape[2], **wide)
     other = x if before is None else before
     kernels.modal_backward[grid](
         dy, x, other, states, x if starts is None else starts, dx, *m,
@@ -227,6 +227,7 @@ def backward(
     kernels.modal_gradient[(groups,)](
         *shares, log_time, frequency, residue, *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C, SP=plan.SP
     )
-    dshort = None if short is None else channel[:K].sum(1).t().to(short.dtype)
-    dscale = None if scale is None else channel[K].sum(0).to(scale.dtype)
-    return dx, *poles, dshort, dscale, None if bias is None else channel[K + 1].sum(0).to(bias.dtype)
+    per_tap, per_channel = channel[: K * plan.segments], channel[K * plan.segments :].view(2, plan.segments, -1)
+    dshort = None if short is None else per_tap.view(plan.segments, -1, K).sum(0).to(short.dtype)
+    dscale = None if scale is None else per_channel[0].sum(0).to(scale.dtype)
+    return dx, *poles, dshort, dscale, None if bias is None else per_channel[1].sum(0).to(bias.dtype)

@@ -298,7 +298,7 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
                    SCALE: tl.constexpr, SILU: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
                    PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dx, and this program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; per segment and
-    channel dchannel `[K + 2, segments, D]`: short taps, scale, bias."""
+    channel, in dchannel, short taps `[segments, D, K]`, scale and bias `[segments, D]` one behind the other."""
     pid = tl.program_id(0).to(tl.int64)
     g, q, segment, d, live, row, begin, before, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
@@ -400,7 +400,7 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
     tl.store(dturn + pid * (2 * SP) + SP + s, tl.sum(turn_im, 0))
     at = dchannel + segment * D + d
     for k in tl.static_range(K):
-        tl.store(at + k * segments * D, tl.sum(acc_short[k], 0), live)
+        tl.store(dchannel + (segment * D + d) * K + k, tl.sum(acc_short[k], 0), live)
     tl.store(at + K * segments * D, tl.sum(acc_scale, 0), live)
     tl.store(at + (K + 1) * segments * D, tl.sum(acc_bias, 0), live)
 
