@@ -100,7 +100,7 @@ class LanguageRecipe(Strict):
 
 
 class ImageData(Strict):
-    """A folder with train/ and validation/ (or val/) of one folder a class; or MNIST's four idx files, gzipped or not."""
+    """A folder with train/ and validation/ (or val/), one folder a class; or MNIST's four idx files, gzipped or not."""
 
     kind: Literal["folder", "idx"]
     path: Path

@@ -9,10 +9,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
-from timm.data.loader import adapt_to_chs
+from timm.data import Mixup, create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -46,12 +45,16 @@ class ImageWork:
         torch.manual_seed(run.seed)
         self.model = self._new()
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        found = resolve_data_config({}, model=self.model)
-        size = run.model.arguments.get("img_size") or found["input_size"][1:]
+        known: Any = self.model.pretrained_cfg
+        size = run.model.arguments.get("img_size") or known["input_size"][1:]
         height, width = (size, size) if isinstance(size, int) else size
-        self.input_size = (run.model.arguments.get("in_chans", 3), height, width)
-        channels = self.input_size[0]  # timm's augmentations fill with the mean: one number a channel
-        self.mean, self.std = adapt_to_chs(found["mean"], channels), adapt_to_chs(found["std"], channels)
+        channels = run.model.arguments.get("in_chans", 3)
+        self.input_size = (channels, height, width)
+        # timm's augmentations fill with the mean: one number a channel
+        self.mean, self.std = (
+            known[key] if len(known[key]) == channels else (sum(known[key]) / len(known[key]),) * channels
+            for key in ("mean", "std")
+        )
         self.flops_per_unit = image_flops(self.model, self.input_size)
         self.micro_batches = micro_batches(recipe.batch_size, fabric.world_size, run.machine.micro_batch_size)
         self.micro_batch_size = recipe.batch_size // fabric.world_size // self.micro_batches
@@ -186,7 +189,7 @@ class ImageWork:
 
     @torch.no_grad()
     def _score(self, model: nn.Module, loader: Any) -> tuple[float, float]:
-        """Top-1 accuracy and cross-entropy. timm's sampler repeats images to give every process as many: not counted."""
+        """Top-1 accuracy and cross-entropy; images that timm's sampler repeats to fill up a share don't count."""
         model.eval()
         rank, world = self.fabric.global_rank, self.fabric.world_size
         left = len(range(rank, len(self.validation_data), world))
@@ -249,4 +252,3 @@ def _datasets(run: ImageRun, mode: str) -> tuple[Any, Any, int]:
         odd = sorted(set(names[0]) ^ set(names[1]))
         raise ConfigError(f"data.path {data.path}: train and validation don't have the same classes: {', '.join(odd)}")
     return sets[0], sets[1], len(names[0])
-

@@ -28,7 +28,7 @@ def new_model(config: LanguageModel, vocabulary: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.model_type == "chela":
-        import chela_plugin.lm  # noqa: F401  # registers the type, also where the autoload hook is switched off
+        import chela_plugin.lm  # registers the type, also where the autoload hook is switched off
     else:
         import importlib.util
 
@@ -167,6 +167,9 @@ class LanguageWork:
         """Save for `AutoModelForCausalLM.from_pretrained(out)`. Every process calls it."""
         tensors = model_tensors(self.model, self.fabric.global_rank == 0)
         if self.fabric.global_rank == 0:
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # it would stand in the middle of our lines
             plain: Any = self.new()
             dtype = next(iter(tensors.values())).dtype
             load_model(plain.to(dtype) if dtype.is_floating_point else plain, tensors)
@@ -183,6 +186,4 @@ def strategy(run: LanguageRun, vocabulary: int, world: int) -> Any:
     names = tuple(getattr(model, "_no_split_modules", None) or ())
     if not names:
         raise ConfigError(f"machine.strategy fsdp: {type(model).__name__} doesn't name its blocks; use ddp")
-    return ModelParallelStrategy(
-        partial(shard_blocks, names=names), data_parallel_size=world, tensor_parallel_size=1
-    )
+    return ModelParallelStrategy(partial(shard_blocks, names=names), data_parallel_size=world, tensor_parallel_size=1)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +19,6 @@ from rich.console import Console
 
 from chela_plugin.harness.config import ConfigError
 from chela_plugin.harness.extras import need
-from chela_plugin.harness.results import ResultsError
 from chela_plugin.harness.train.checkpoint import RunFolder
 from chela_plugin.harness.train.config import ImageRun, Run, identity
 from chela_plugin.harness.training import Diverged, Interrupted
@@ -237,7 +234,7 @@ class _quiet:
     def __enter__(self) -> None:
         import logging
 
-        self.loggers = [logging.getLogger(n) for n in ("lightning.fabric", "lightning_fabric", "lightning")]
+        self.loggers = [logging.getLogger(n) for n in ("lightning.fabric", "lightning.pytorch")]
         self.levels = [logger.level for logger in self.loggers]
         for logger in self.loggers:
             logger.setLevel(logging.WARNING)

@@ -93,7 +93,7 @@ def seed_all(*key: int | str) -> None:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, written by rank 0. Lines behind the step that a run goes on from are taken back."""
+    """metrics.jsonl and TensorBoard, written by rank 0. Lines behind the step where a run goes on are taken back."""
 
     def __init__(self, folder: RunFolder, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -155,17 +155,25 @@ def train(
         if main and step < work.steps:
             display.line(f"going on from step {step}")
     metrics = Metrics(folder, step) if main else None
+    earlier: list[float] = [] if saved is None else saved[2]["losses"]  # of steps that no line of metrics covers yet
+    losses: list[Tensor] = []  # likewise, and this process's alone
+
+    def gathered() -> list[float]:
+        """All open losses, means over the processes."""
+        here = fabric.all_reduce(torch.stack(losses), reduce_op="mean").tolist() if losses else []
+        losses.clear()
+        return earlier + here
 
     def save(step: int) -> None:
+        earlier[:] = gathered()
         weights = model_tensors(work.model, main)
         weights |= {f"extra//{name}": tensor for name, tensor in work.extra_tensors(main).items()}
         moments = optimizer_tensors(work.model, work.optimizer.optimizer, main)
         if metrics is not None:
             metrics.sync()
-            folder.save(step, weights, moments, {"step": step, "config": folder.config})
+            folder.save(step, weights, moments, {"step": step, "losses": earlier})
         fabric.barrier()
 
-    losses: list[Tensor] = []
     last_save, begun, timed_from = time.monotonic(), step, step
     since = time.perf_counter()
     work.start(step)
@@ -198,8 +206,9 @@ def train(
             if world == 1:
                 stop = stopping()
             if step % run.log_every == 0 or end:
-                mean = fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean").item()
-                losses = []
+                open_losses = gathered()
+                earlier.clear()
+                mean = math.fsum(open_losses) / len(open_losses)
                 if not math.isfinite(mean):
                     raise Diverged(f"the training loss is {mean} by step {step}; try a smaller learning rate")
                 values: dict[str, float] = {"loss": mean, "learning_rate": rate}
