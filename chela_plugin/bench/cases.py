@@ -46,6 +46,7 @@ class Case:
         units: what one run does, for rates: {"forward": (32768, "tokens")}.
         floor_ms: the least time, by what is timed, on the H100; {} where none is defined.
         clock: True where the host's time belongs to the result (decoding).
+        profiled: contenders whose kernels are listed in the record too, of the last thing timed.
     """
 
     axes: dict[str, int | str]
@@ -54,6 +55,7 @@ class Case:
     units: dict[str, tuple[int, str]] = field(default_factory=dict)
     floor_ms: dict[str, float] = field(default_factory=dict)
     clock: bool = False
+    profiled: tuple[str, ...] = ()
 
     def label(self, name: str, what: str) -> str:
         """What `--filter` is matched against."""

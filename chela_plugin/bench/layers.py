@@ -35,6 +35,8 @@ PEERS: dict[str, Callable[[int, torch.device], nn.Module]] = {
     "flash SDPA, fused rotary, 16 heads": partial(peers.rotary_attention_layer, heads=16),
     "flash SDPA, fused rotary, 8 heads": partial(peers.rotary_attention_layer, heads=8),
 }
+PROFILED = ("chela", "chela(long=modal)", "fla GatedLinearAttention")
+PROFILED_AT = {"cuda": 4096, "cpu": 64}
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -53,6 +55,7 @@ def cases(device: torch.device) -> list[Case]:
                 contenders=contenders,
                 units=dict.fromkeys(("forward", "forward_backward"), (tokens, "tokens")),
                 floor_ms={"forward": product_ms, "forward_backward": 3 * product_ms},
+                profiled=PROFILED if length == PROFILED_AT[device.type] else (),
             )
         )
     return found

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from chela_plugin.bench import profile, timing
 from chela_plugin.bench import record as files
-from chela_plugin.bench import timing
 from chela_plugin.bench.cases import Case, Unavailable, Work, selected
 from chela_plugin.harness.progress import progress_for
 
@@ -50,16 +50,17 @@ def run_suite(
     """
     record: dict[str, Any] = {"format": files.FORMAT, "suite": suite, **timing.conditions(revision, device)}
     record |= {"bandwidth": timing.BANDWIDTH, "matmul_rate": timing.MATMUL_RATE, "rounds": rounds, **settings}
-    record |= {"results": [], "skipped": []}
+    record |= {"results": [], "skipped": [], "profile": []}
     chosen = [(case, dict(selected(case, filters))) for case in cases]
     total = sum(len(whats) for _, whats in chosen)
     with progress_for(console, total) as progress:
         for case, whats in chosen:
             for name in whats:
                 progress.start(f"{suite} {case.label(name, '')}", 1)
-            rows, skipped = run_case(case, whats, device, rounds, budget_s)
+            rows, skipped, profiles = run_case(case, whats, device, rounds, budget_s)
             record["results"] += rows
             record["skipped"] += skipped
+            record["profile"] += profiles
             if out is not None:
                 files.write(out, record)
             for name in whats:
@@ -71,8 +72,8 @@ def run_suite(
 
 def run_case(
     case: Case, whats: dict[str, list[str]], device: torch.device, rounds: int, budget_s: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of what was timed and of what was skipped, with the reason."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of what was timed, of what was skipped (with the reason), and of the kernels of what is profiled."""
     works: dict[str, Work] = {}
     first: dict[str, float] = {}
     peaks: dict[tuple[str, str], float | None] = {}
@@ -113,7 +114,7 @@ def run_case(
 
     runs = {(name, what): run for name, work in works.items() for what, run in work.runs.items()}
     if not runs:
-        return [], skipped
+        return [], skipped, []
     once = sum(estimates[key] for key in runs)
     rounds = max(FEWEST_ROUNDS, min(rounds, int(budget_s / max(once, 1e-9))))
     labels = {f"{name}\0{what}": run for (name, what), run in runs.items()}
@@ -124,7 +125,7 @@ def run_case(
         gone = "out of memory while timed beside the others"
         skipped += [{**case.axes, "name": name, "reason": gone} for name in works]
         _free(device)
-        return [], skipped
+        return [], skipped, []
     rows = []
     for name, what in runs:
         work, ms = works[name], timing.quantiles(times[f"{name}\0{what}"])
@@ -139,10 +140,15 @@ def run_case(
         row |= {"resident_mib": work.resident_mib, "parameters": work.parameters, "path": work.path}
         row |= {"ready_s": first[name], **work.notes}
         rows.append({key: value for key, value in row.items() if value is not None})
+    profiles = []
+    for name in (name for name in case.profiled if name in works):
+        what, run = list(works[name].runs.items())[-1]
+        axes = {**case.axes, "name": name, "what": what}
+        profiles += [{**axes, **row} for row in profile.kernels(run, device)]
     works.clear()
     del runs, labels
     _free(device)
-    return rows, skipped
+    return rows, skipped, profiles
 
 
 def _free(device: torch.device) -> None:

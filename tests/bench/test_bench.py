@@ -64,6 +64,8 @@ def test_every_suite_runs_at_small_sizes(suite, filters, wanted, tmp_path):
         counted = {name: sum(row["name"] == name for row in record["results"]) for name in wanted}
         assert counted == wanted
     assert all("CUDA" in row["reason"] for row in record["skipped"] if row["name"].startswith("fla"))
+    kernels = {row["name"] for row in record["profile"]}
+    assert kernels == ({"chela", "chela(long=modal)"} if suite == "layers" else set())
     assert {"device", "versions", "revision", "source", "rounds"} <= record.keys()
 
 
