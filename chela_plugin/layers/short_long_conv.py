@@ -260,9 +260,7 @@ class ShortLongConv(nn.Module):
             silu=silu,
         )
 
-    def convolved(
-        self, x: Tensor, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None
-    ) -> Tensor:
+    def convolved(self, x: Tensor, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         """The sum of all branches by exact convolutions."""
         if self.dims == 2 and grid is None:
             raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")

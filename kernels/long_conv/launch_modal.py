@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -99,7 +99,7 @@ class Matrices(NamedTuple):
 
 def matrices(log_time: Tensor, frequency: Tensor, residue: Tensor, dtype: torch.dtype, plan: Plan, C: int) -> Matrices:
     groups, modes = log_time.shape
-    wide = {"dtype": torch.float32, "device": log_time.device}
+    wide: Any = {"dtype": torch.float32, "device": log_time.device}
     made = Matrices(
         torch.empty(groups, C, **wide),
         torch.empty(groups, 2, C, plan.SP, dtype=dtype, device=log_time.device),
@@ -115,7 +115,7 @@ def _common(x: Tensor, plan: Plan) -> tuple[int, ...]:
     return x.shape[1], x.shape[2], plan.group, plan.Q, plan.segments, plan.per_row, plan.size, plan.blocks
 
 
-def _options(blocks: ModalBlocks, x: Tensor, plan: Plan) -> dict[str, object]:
+def _options(blocks: ModalBlocks, x: Tensor, plan: Plan) -> dict[str, Any]:
     return {
         "C": blocks.chunk, "SP": plan.SP, "CB": plan.channels, "N": blocks.columns, "PACKED": plan.places is not None,
         "PRECISION": precision(x.dtype), "STAGES": blocks.stages, "num_warps": blocks.warps,
@@ -162,14 +162,15 @@ def forward(
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
     plan = plan_for(x, log_time.shape[0], log_time.shape[1], cu_seqlens)
     blocks = modal_blocks_for(x.dtype, "forward")
-    states = saved_states(x, *log_time.shape, cu_seqlens) if save else x.new_empty(0)
+    states = saved_states(x, log_time, cu_seqlens) if save else x.new_empty(0)
     if x.numel() == 0:
         return y, u, states
     log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
     m = matrices(log_time, frequency, residue, x.dtype, plan, blocks.chunk)
     starts = _starts(x, None, m.into, m.turn, plan, False) if plan.carries else None
     kernels.modal_forward[_grid(blocks, plan)](
-        x, y, u, states, x if starts is None else starts, *m, *(x if t is None else t.contiguous() for t in (short, scale, bias)),
+        x, y, u, states, x if starts is None else starts, *m,
+        *(x if t is None else t.contiguous() for t in (short, scale, bias)),
         x if plan.places is None else plan.places, *_common(x, plan), *x.stride(), *y.stride(),
         K=0 if short is None else short.shape[1], SCALE=scale is not None, BIAS=bias is not None, SILU=silu, SAVE=save,
         CARRY=starts is not None, **_options(blocks, x, plan),
@@ -177,9 +178,10 @@ def forward(
     return y, u, states
 
 
-def saved_states(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> Tensor:
+def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Room for the state at each chunk's start, in x's dtype. No branch on a size: a graph may leave T open."""
     batch, tokens, channels = x.shape
+    groups, modes = log_time.shape
     chunk = modal_blocks_for(x.dtype, "forward").chunk
     slots = batch * triton.cdiv(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
     width, blocks = channels_of(groups, channels)
@@ -204,7 +206,9 @@ def backward(
     groups, modes = log_time.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        return dx, *(None if t is None else torch.zeros_like(t) for t in (log_time, frequency, residue, short, scale, bias))  # type: ignore[return-value]
+        zeros = [None if t is None else torch.zeros_like(t) for t in (short, scale, bias)]
+        poles = torch.zeros_like(log_time), torch.zeros_like(frequency), torch.zeros_like(residue)
+        return dx, *poles, zeros[0], zeros[1], zeros[2]
     plan = plan_for(x, groups, modes, cu_seqlens)
     blocks = modal_blocks_for(x.dtype, "backward")
     log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
@@ -212,7 +216,7 @@ def backward(
     before = u if silu else None
     starts = _starts(dy, before, m.out, m.turn, plan, True) if plan.carries else None
     grid = _grid(blocks, plan)
-    wide = {"dtype": torch.float32, "device": x.device}
+    wide: Any = {"dtype": torch.float32, "device": x.device}
     C, K = blocks.chunk, 0 if short is None else short.shape[1]
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
     channel = torch.empty((K + 2) * plan.segments, x.shape[2], **wide)

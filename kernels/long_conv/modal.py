@@ -31,9 +31,9 @@ def modal_conv(
 
     The modal filter of group g is tap_j = Re sum_m c_m (1 - |p_m|) p_m^j, p = exp(-exp(-log_time) + i frequency), c the
     residue; D / G neighbouring channels share one. The result is `long_conv`'s with these taps, causal bit for bit, but
-    no tap beyond one chunk of 64 is ever formed: a chunk's own tokens meet a triangular matrix, all before it a state of
-    the modes (formulas in `reference.py`). In bf16 and fp16 the chunk's matrices are rounded to x's dtype; states stay
-    in fp32.
+    no tap beyond one chunk of 64 is ever formed: a chunk's own tokens meet a triangular matrix, all before it a state
+    of the modes (formulas in `reference.py`). In bf16 and fp16 the chunk's matrices are rounded to x's dtype; states
+    stay in fp32.
 
     Args:
         x: `[B, T, D]`, floating point; read fastest where the channels are contiguous.

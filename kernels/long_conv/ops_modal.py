@@ -81,7 +81,7 @@ backward_op = torch.library.custom_op(
 def _forward_fake(x, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save):
     computed = x.new_empty(x.shape, dtype=multiplied_as(x))
     u = computed if save and silu else computed.new_empty(0)
-    states = launch.saved_states(computed, *log_time.shape, cu_seqlens) if save else computed.new_empty(0)
+    states = launch.saved_states(computed, log_time, cu_seqlens) if save else computed.new_empty(0)
     return x.new_empty(x.shape), u, states
 
 

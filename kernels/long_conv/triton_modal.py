@@ -7,8 +7,8 @@ side as the N columns of one product, so that one chunk of C tokens costs
     S^T       <- turn(S^T) + X^T into^T [C, SP]
 
 A state's row holds the real parts of all modes, then the imaginary ones: S1 = (re, im). Beside it runs i S, that is
-S2 = (-im, re), so that turning by p^C = a + i b needs no exchange of rows: S1 <- a S1 + b S2, S2 <- a S2 - b S1. Columns
-come first in the products because an accumulator [N, ...] is a left operand of the next product as it lies.
+S2 = (-im, re), so that turning by p^C = a + i b needs no exchange of rows: S1 <- a S1 + b S2, S2 <- a S2 - b S1.
+Columns come first in the products because an accumulator [N, ...] is a left operand of the next product as it lies.
 
 Where rows are few, the tokens are cut into segments that run side by side: `modal_ends` finds the state each segment
 adds, `modal_carry` strings them together. The backward pass runs the same scan against time over the adjoint states
@@ -20,6 +20,7 @@ per program in a fixed order; `modal_gradient` sums them and takes them on to th
 the ordinary cores: 8 rows one token apart are held at once, so that each input is read (7 + taps) / 8 times.
 """
 
+# ruff: noqa: RUF005 (Triton joins tuples with +, it does not unpack them)
 import triton
 import triton.language as tl
 
@@ -53,7 +54,7 @@ def _modes(log_time, frequency, residue, g, s, M, SP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "size"])
 def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size, C: tl.constexpr, SP: tl.constexpr):
-    """Of one group: taps `[C]`; into, out `[2, C, SP]`: for S1 and for S2; turn `[2, 2, SP]`: by C and by size tokens."""
+    """Of one group: taps `[C]`; into, out `[2, C, SP]`, for S1 and for S2; turn `[2, 2, SP]`, by C and size tokens."""
     g = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SP)
     r = tl.arange(0, C)
@@ -151,12 +152,12 @@ def _silu_gradient(u):
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_ends(x, u, ends, into, turn, places, T, D, R, Q, segments, per_row, size, blocks, x_b, x_t, x_d, u_b, u_t, u_d,
-               C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SILU: tl.constexpr,
+def modal_ends(x, u, ends, into, turn, places, T, D, R, Q, segments, per_row, size, blocks, x_b, x_t, x_d, u_b, u_t,
+               u_d, C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SILU: tl.constexpr,
                REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                STAGES: tl.constexpr):  # fmt: skip
     """What each segment adds to the state, `[segments, Q, CB, SP]`; REVERSE: against time, of x = dy under SiLU'(u)."""
-    g, q, segment, d, live, row, begin, before, left, slot = _columns(
+    g, q, segment, d, _, row, begin, _, left, _ = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
     r, s = tl.arange(0, C), tl.arange(0, SP)
@@ -195,7 +196,7 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
     s = tl.arange(0, SP)
     a = tl.load(turn + g * (4 * SP) + 2 * SP + s)[None, :]
     b = tl.load(turn + g * (4 * SP) + 3 * SP + s)[None, :]
-    sign = tl.where(s < SP // 2, -1.0, 1.0)[None, :]
+    sign = tl.where((s < SP // 2) == REVERSE, 1.0, -1.0)[None, :]
     n = tl.arange(0, CB)[:, None]
     S1 = tl.zeros((CB, SP), tl.float32)
     S2 = tl.zeros((CB, SP), tl.float32)
@@ -213,10 +214,7 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
         tl.store(starts + at + s[None, :], S1)
         E1 = tl.load(ends + at + s[None, :])
         E2 = tl.load(ends + at + ((s + SP // 2) % SP)[None, :])
-        if REVERSE:
-            E2 = -sign * E2
-        else:
-            E2 = sign * E2
+        E2 *= sign
         S1, S2 = a * S1 + b * S2 + E1, a * S2 - b * S1 + E2
 
 
@@ -336,7 +334,7 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
     acc_scale = tl.zeros((H, N), tl.float32)
     acc_bias = tl.zeros((H, N), tl.float32)
     acc_short = ()
-    for k in tl.static_range(K):
+    for _ in tl.static_range(K):
         acc_short = acc_short + (tl.zeros((H, N), tl.float32),)
     for step in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - step
@@ -406,14 +404,14 @@ def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, s
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
-def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, M, Q, parts,
-                   blocks, C: tl.constexpr, SP: tl.constexpr):  # fmt: skip
+def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, M, Q,
+                   parts, blocks, C: tl.constexpr, SP: tl.constexpr):  # fmt: skip
     """Sums a group's shares and takes them on to its poles and residues.
 
-    Every entry is a real function of z = p^lag: with G = dL/dRe z + i dL/dIm z, what it gives log|p| is lag Re(conj(G) z)
-    and what it gives the angle is lag Re(conj(G) i z)."""
+    Every entry is a real function of z = p^lag: with G = dL/dRe z + i dL/dIm z, what it gives log|p| is
+    lag Re(conj(G) z), and what it gives the angle is lag Re(conj(G) i z)."""
     g = tl.program_id(0)
-    r, s = tl.arange(0, C), tl.arange(0, SP)
+    r = tl.arange(0, C)
     H: tl.constexpr = SP // 2
     m = tl.arange(0, H)
     N = tl.zeros((C, C), tl.float32)
