@@ -210,11 +210,14 @@ def _find(name: str, folder: Literal["ablations", "tasks"]) -> Path:
     if name in known:
         return known[name]
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError):  # no name that a file could have: too long, or with a null character
+        pass
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped {folder}: {', '.join(known) or 'none'}"
-    raise ConfigError(f"{name!r} is no file and no shipped name; {hint}")
+    raise ConfigError(f"{_shown(name)} is no file and no shipped name; {hint}")
 
 
 MAX_CONFIG_BYTES = 65_536  # PyYAML reads about 100 KB a second, and an ablation is 2
