@@ -4,7 +4,9 @@
 
 Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
 time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
-CUDA-event times of whole calls through autograd. The floor is the fewest bytes (inputs read once, outputs written once;
+CUDA-event times of whole calls through autograd. `modal_conv` does the work of a CHELA layer's causal convolution: 7
+short taps, 8 modes for 16 channels, scale, bias and SiLU in one call, matrices included; beside it the same filter alone,
+and what does the same by the exact path: taps generated, folded, convolved, SiLU. The floor is the fewest bytes (inputs read once, outputs written once;
 the backward pass reads x, dy and taps and writes all gradients) over the bandwidth in chela_plugin/bench/timing.py.
 """
 
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
-from chela_plugin.kernels.long_conv import configs, long_conv
+from chela_plugin.kernels.long_conv import configs, long_conv, modal_conv
+from chela_plugin.kernels.long_conv.reference import modal_conv_reference, modal_taps
 
 TOKENS = 32768
 CASES = [  # (B, T, D)
@@ -31,6 +34,11 @@ CASES = [  # (B, T, D)
     (10, 3000, 1024),
     (3, 10000, 1024),
     (1, 4096, 1024),
+]
+
+MODAL_CASES = [
+    *((max(TOKENS // t, 1), t, 1024) for t in (1024, 2048, 4096, 8192, 16384, 32768, 65536)),
+    (3, 10000, 1024),
 ]
 
 
@@ -134,24 +142,79 @@ def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[st
     return rows
 
 
+def modal(x: Tensor, *leaves: Tensor, alone: bool) -> Tensor:
+    time, frequency, residue, short, scale, bias = leaves
+    if alone:
+        return modal_conv(x, time, frequency, residue)
+    return modal_conv(x, time, frequency, residue, short=short, scale=scale, bias=bias, silu=True)
+
+
+def modal_by_exact_path(x: Tensor, *leaves: Tensor) -> Tensor:
+    time, frequency, residue, short, scale, bias = leaves
+    taps = modal_taps(time, frequency, residue, x.shape[1]).repeat_interleave(16, 0) * scale[:, None]
+    taps = taps + torch.nn.functional.pad(short, (0, x.shape[1] - short.shape[1]))
+    return torch.nn.functional.silu(long_conv(x, taps, bias))
+
+
+def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    x, dy = (torch.randn(batch, tokens, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time = torch.logspace(0.3, 3, 8, device="cuda").log().expand(channels // 16, 8).clone()
+    frequency = torch.rand_like(time) * 6.28 * torch.exp(-time)
+    shapes = ((*time.shape, 2), (channels, 7), (channels,), (channels,))
+    leaves = [t.requires_grad_() for t in (x, time, frequency, *(torch.randn(s, device="cuda") * 0.3 for s in shapes))]
+    entries: dict[str, Callable[..., Tensor]] = {
+        "modal_conv, short, long, SiLU": partial(modal, alone=False),
+        "modal_conv, long alone": partial(modal, alone=True),
+        "exact path, short, long, SiLU": modal_by_exact_path,
+    }
+    if tokens > 8192:
+        del entries["exact path, short, long, SiLU"]
+
+    def forward(f: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad():
+            return f(*leaves)
+
+    def both(f: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(f(*leaves), leaves, dy, allow_unused=True)
+
+    f_times = event_times({name: partial(forward, f) for name, f in entries.items()}, rounds)
+    b_times = event_times({name: partial(both, f) for name, f in entries.items()}, rounds)
+    few = [t.detach().double() for t in leaves]  # 64 channels: the fp64 form keeps every chunk's states
+    few = [few[0][..., :64], *(t[:4] for t in few[1:4]), *(t[:64] for t in few[4:])]
+    error_y = error(forward(entries["modal_conv, short, long, SiLU"])[..., :64], modal_conv_reference(*few, True))
+    activations = batch * tokens * channels * 2
+    return [
+        {
+            "B": batch, "T": tokens, "D": channels, "name": name, "forward_ms": quantiles(f_times[name]),
+            "forward_backward_ms": quantiles(b_times[name]),
+            "floor_ms": [round(n * activations / BANDWIDTH * 1e3, 4) for n in (2, 5)],
+            "peak_mib": [peak_over_inputs(partial(forward, f)), peak_over_inputs(partial(both, f))],
+            "input_mib": round(activations / 2**20, 1),
+        } | ({"error": {"y": float(f"{error_y:.2e}")}} if name.endswith("SiLU") and name.startswith("modal") else {})
+        for name, f in entries.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many of either kind")
     parser.add_argument("--revision", default=None, help="of the code, where there is no git repository")
     args = parser.parse_args()
     record: dict[str, object] = conditions(args.revision)
     record |= {"bandwidth": BANDWIDTH, "rounds": args.rounds, "results": []}
     rows: list[dict[str, object]] = []
-    for case in CASES[: args.cases]:
-        for row in measure(*case, args.rounds):
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-        torch.cuda.empty_cache()
-        record["results"] = rows
-        if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for part, cases in ((measure_modal, MODAL_CASES), (measure, CASES)):
+        for case in cases[: args.cases]:
+            for row in part(*case, args.rounds):
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+            torch.cuda.empty_cache()
+            record["results"] = rows
+            if args.out:
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
 def case(batch, tokens, channels, group, dtype, modes=8, short=7):
-    """x, log_time, frequency, residue, short, scale, bias as `ModalKernel` starts them, and a gradient of the output."""
+    """x, log_time, frequency, residue, short, scale, bias as `ModalKernel` starts them, and the output's gradient."""
     torch.manual_seed(0)
     x, dy = (torch.randn(batch, tokens, channels, device="cuda", dtype=dtype) for _ in range(2))
     time = torch.logspace(0.3, 3, modes, device="cuda").log().expand(channels // group, modes).clone()
