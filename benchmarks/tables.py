@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +60,40 @@ def long_conv() -> str:
         for name in dict.fromkeys(row["name"] for row in rows)
     ]
     return markdown(["ms forward / forward + backward", *(f"T = {T:,}" for T in times)], table)
+
+
+def lengths(name: str, axis: str, what: str, cell: Callable[[dict], str]) -> str:
+    """One row a contender, one column a length, of what `chela bench` wrote; '-' where one was skipped."""
+    rows = [row for row in load(name)["results"] if row["what"] == what and axis in row]
+    found = {(row["name"], row[axis]): row for row in rows}
+    columns = sorted({row[axis] for row in rows})
+    table = [
+        [who, *(cell(found[who, at]) if (who, at) in found else "-" for at in columns)]
+        for who in dict.fromkeys(row["name"] for row in rows)
+    ]
+    return markdown([what.replace("_", " + "), *(f"{axis} = {at:,}" for at in columns)], table)
+
+
+def layers() -> str:
+    """ms of forward + backward, 32,768 tokens, D = 1,024."""
+    return lengths("layers_h100", "T", "forward_backward", lambda row: f"{row['ms'][0]:.2f}")
+
+
+def language_models() -> str:
+    """Training tokens a second and peak GiB, weights and optimizer included."""
+
+    def cell(row: dict) -> str:
+        return f"{row['tokens_per_second']:,.0f} / {(row['peak_mib'] + row['resident_mib']) / 1024:.1f}"
+
+    return lengths("lm_h100", "T", "train_step", cell)
+
+
+def vision() -> str:
+    """Images a second, inference and training."""
+    return "\n\n".join(
+        lengths("vision_h100", "pixels", what, lambda row: f"{row['images_per_second']:,.0f}")
+        for what in ("inference", "training")
+    )
 
 
 if __name__ == "__main__":

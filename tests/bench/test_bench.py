@@ -1,7 +1,9 @@
 """`chela bench` on a CPU: every suite runs, says what it skipped and why, and a run that is cut off keeps its rows."""
 
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +172,23 @@ def test_long_results_give_one_panel_for_each_thing_timed():
 def test_a_mistake_is_one_error_that_says_what_to_do(words, said):
     result = bench(*words)
     assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+
+
+def test_shares_of_a_search_cover_it_without_overlap(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from chela_plugin.bench import ahead
+
+    def search(x):
+        pass
+
+    tried = []
+    for share in range(3):
+        configs = [triton.Config({}, num_warps=2**n) for n in range(4)]
+        kernel = triton.autotune(configs=configs, key=[])(triton.jit(search))
+        monkeypatch.setitem(sys.modules, "fla.stand_in", SimpleNamespace(kernel=SimpleNamespace(fn=kernel)))
+        ahead._keep_share(share, 3)
+        tried += [config.num_warps for config in kernel.configs]
+    assert sorted(tried) == [1, 2, 4, 8]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
