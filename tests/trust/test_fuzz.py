@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from chela_plugin.harness.config import ConfigError, load_ablation, shipped
 from chela_plugin.harness.results import ResultsError, load_tensors, open_for_reading, read_records, save_tensors
 from chela_plugin.harness.table import tables
+from chela_plugin.harness.train.config import load_run
+from chela_plugin.harness.train.config import shipped as shipped_runs
 from chela_plugin.registry import MixerSpecError, MixerUnavailableError, parse_pattern
 from chela_plugin.registry.presets import read_preset
 
@@ -204,7 +206,7 @@ def folder():
 
 
 @given(st.data())
-@fuzzed(ci=300, nightly=40_000)
+@fuzzed(ci=300, nightly=30_000)
 def test_ablation_files_raise_nothing_but_our_errors(folder, data):
     text = data.draw(mutated(ABLATIONS, YAML_PIECES) | st.lists(st.sampled_from(YAML_PIECES), max_size=20).map("".join))
     overrides = data.draw(
@@ -216,6 +218,18 @@ def test_ablation_files_raise_nothing_but_our_errors(folder, data):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with contextlib.suppress(ConfigError), nothing_runs():
         load_ablation(path, overrides)
+
+
+RUNS_OF_TRAINING = [path.read_text() for path in shipped_runs().values()]
+
+
+@given(mutated(RUNS_OF_TRAINING, [*YAML_PIECES, "task: ", "model", "machine: ", "images", "language"]))
+@fuzzed(ci=200, nightly=10_000)
+def test_training_files_raise_nothing_but_our_errors(folder, text):
+    path = folder / "training.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with contextlib.suppress(ConfigError), nothing_runs():
+        load_run(path, ["seed=1"])
 
 
 RECORDS = [
