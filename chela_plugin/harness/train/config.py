@@ -163,8 +163,8 @@ class _Run(Strict):
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     deterministic: bool = Field(True, description="only deterministic algorithms, where torch has one")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics, and looks at the stop signal")
-    machine: Machine = Field(default_factory=Machine)
-    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
+    machine: Machine = Field(default_factory=lambda: Machine.model_validate({}))
+    checkpoints: Checkpoints = Field(default_factory=lambda: Checkpoints.model_validate({}))
 
 
 class LanguageRun(_Run):
@@ -173,7 +173,7 @@ class LanguageRun(_Run):
     task: Literal["language"]
     data: Annotated[TextData | TokenData, Field(discriminator="kind")]
     context: int = Field(ge=8, description="tokens a sequence; the stream is cut into them, one behind the other")
-    model: LanguageModel = Field(default_factory=LanguageModel)
+    model: LanguageModel = Field(default_factory=lambda: LanguageModel.model_validate({}))
     training: LanguageRecipe
 
 
@@ -183,7 +183,7 @@ class ImageRun(_Run):
     task: Literal["images"]
     data: ImageData
     model: ImageModel
-    augmentation: Augmentation = Field(default_factory=Augmentation)
+    augmentation: Augmentation = Field(default_factory=lambda: Augmentation.model_validate({}))
     training: ImageRecipe
 
     @model_validator(mode="after")
@@ -225,8 +225,8 @@ def load_run(source: str | Path, overrides: Iterable[str] = ()) -> tuple[str, Ru
             data["model"].setdefault(override.split(".")[1], {})
         files._override(data, override)
     kinds: dict[Any, type[LanguageRun] | type[ImageRun]] = {"language": LanguageRun, "images": ImageRun}
-    if data.get("task") not in kinds:
-        raise ConfigError(f"{path}: task is language or images, got {data.get('task')!r}")
+    if not isinstance(data.get("task"), str) or data["task"] not in kinds:
+        raise ConfigError(f"{path}: task is language or images, got {files._shown(data.get('task'))}")
     try:
         return path.stem, TypeAdapter(kinds[data["task"]]).validate_python(data)
     except ValidationError as error:

@@ -66,7 +66,7 @@ class ImageWork:
             scale=augmentation.scale,
             ratio=augmentation.ratio,
             hflip=augmentation.hflip,
-            color_jitter=augmentation.color_jitter,
+            color_jitter=augmentation.color_jitter or 0.0,
             auto_augment=augmentation.auto_augment,
             interpolation=augmentation.interpolation,
             re_prob=augmentation.re_prob,

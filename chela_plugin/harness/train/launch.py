@@ -6,6 +6,7 @@ another launcher that sets its variables, the processes are there already and no
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -68,6 +69,18 @@ def _launch(run: Run, out: Path, devices: int) -> int | None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # A fork server imports once and forks for each process; it never touches a GPU, so its children may.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        part = "images" if isinstance(run, ImageRun) else "language"
+        multiprocessing.get_context(method).set_forkserver_preload(
+            [
+                "lightning.fabric",
+                "torch.utils.tensorboard",
+                f"chela_plugin.harness.train.{part}",
+                "chela_plugin.lm.model",
+            ]
+        )
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -78,7 +91,7 @@ def _launch(run: Run, out: Path, devices: int) -> int | None:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.2,
-        start_method="spawn",
+        start_method=method,
     )
     try:
         answers = elastic_launch(config, entrypoint=_process)(run, str(out), devices)
