@@ -29,7 +29,6 @@ from chela_plugin.harness.grid import Cell
 from chela_plugin.harness.results import Record, ResultsError
 from chela_plugin.harness.training import Interrupted
 
-
 OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: not finished, try again
 
 

@@ -9,6 +9,8 @@ import torch
 import yaml
 from rich.console import Console
 
+from chela_plugin.harness.results import load_tensors
+
 TINY = {
     "tasks": ["digits"],
     "mixers": ["identity", "attention"],
@@ -51,6 +53,22 @@ def tiny(tmp_path: Path):
 @pytest.fixture
 def quiet() -> Console:
     return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def assert_same_weights():
+    """Of two results folders, every cell's best weights and step are equal bit for bit."""
+
+    def compare(one: Path, other: Path) -> None:
+        files = sorted(p.relative_to(one) for p in one.glob("cells/*/best.safetensors"))
+        assert files and files == sorted(p.relative_to(other) for p in other.glob("cells/*/best.safetensors"))
+        for file in files:
+            (tensors, state), (others, other_state) = load_tensors(one / file), load_tensors(other / file)
+            assert state == other_state and tensors.keys() == others.keys()
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, others[name]), (file, name)
+
+    return compare
 
 
 @pytest.fixture
