@@ -94,6 +94,8 @@ class SequenceModel(nn.Module):
         mask = None
         if self.padding is not None and not inputs.is_floating_point():
             mask = inputs != self.padding
+        if isinstance(self.embed, nn.Linear):
+            inputs = inputs.to(self.embed.weight.dtype)  # long signals are kept in half precision
         x = self.embed(inputs)
         if self.positions:
             x = x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)

@@ -69,6 +69,7 @@ def test_a_pair_goes_through_one_tower_and_its_order_matters_in_the_head_alone()
 def test_signals_and_reconstruction():
     signal = Examples(torch.randn(3, 8, 2), DATA.targets, 4, "accuracy")
     assert model(data=signal)(signal.inputs).shape == (3, 4)
+    assert model(data=signal)(signal.inputs.half()).shape == (3, 4)  # as Speech Commands keeps them
     assert backbones.tokens_per_example(backbone(), signal) == 8
     whole = Examples(TOKENS, TOKENS, 10, "accuracy")
     net = model(data=whole, causal=True, pooling="last")
