@@ -79,6 +79,8 @@ def ablate(
     """Train every mixer of an ablation on equal terms; the same command goes on where it was stopped."""
     from chela_plugin.harness.config import ConfigError, is_override, load_ablation, shipped
 
+    if ray is not None and workers is not None:
+        raise ConfigError("--workers and --ray exclude each other: with --ray, the cluster's slots say how many run")
     overrides = [word for word in files if is_override(word)]
     sources = [word for word in files if not is_override(word)]
     if not sources:

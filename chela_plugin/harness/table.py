@@ -192,8 +192,16 @@ def _conditions(config: dict[str, Any], records: Sequence[Record], ablation: str
         f"learning rate from {{{grid}}} by validation, seeds {', '.join(map(str, config['seeds']))}, parameters within "
         f"{config['parameter_tolerance']:.0%} of {config['baseline']}'s by the MLP's width. "
         f"The test split was read once. "
-        f"Device: {'; '.join(devices) or 'none yet'}."
+        f"Device: {'; '.join(devices) or 'none yet'}. Code: {', '.join(_revisions(records, ablation)) or 'none yet'}."
     )
+
+
+def _revisions(records: Sequence[Record], ablation: str) -> list[str]:
+    """Revisions that trained an ablation's runs, by first use; '+' where the work tree differed from its commit."""
+    runs = (r for r in records if r["record"] == "run" and r["ablation"] == ablation and r["status"] == "finished")
+    found = (r["revision"] for r in runs)
+    names = (f"{r['commit'][:9]}{'+' if r.get('dirty') else ''}" if r["commit"] else "not in git" for r in found)
+    return list(dict.fromkeys(names))
 
 
 def _notes(records: Sequence[Record], ablation: str, task: str) -> list[str]:

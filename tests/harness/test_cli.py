@@ -71,6 +71,8 @@ def test_a_failed_run_shows_in_the_exit_code(chela, tiny, tmp_path):
         (["ablate", "digits", "mixers=[atention]", "baseline=atention"], "attention"),
         (["ablate", "training.steps=3"], "no ablation given"),
         (["ablate", "digits", "digits"], "two ablations are named 'digits'"),
+        (["ablate", "digits", "--track", "wanbd"], "choose from wandb, trackio"),
+        (["ablate", "digits", "--workers", "2", "--ray", "local"], "--workers and --ray exclude each other"),
         (["report", "no/such/folder"], "no results folder"),
     ],
 )
@@ -93,3 +95,30 @@ def test_a_missing_optional_package_shows_the_pip_line(chela, tiny, tmp_path, mo
     code, _, err = chela("ablate", tiny(), "--workers", 1, "--out", tmp_path / "out")
     assert code == 2
     assert f"{package} is not installed; run: pip install 'chela-plugin[harness]'" in err
+
+
+def test_without_ray_its_option_shows_the_pip_line(chela, tiny, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
+    code, _, err = chela("ablate", tiny(), "--ray", "local", "--out", tmp_path / "out")
+    assert code == 2
+    assert "ray is not installed; run: pip install 'chela-plugin[ray]'" in err
+
+
+def test_time_that_is_up_is_exit_code_75_and_the_command_to_go_on(chela, tiny, tmp_path):
+    path, out = tiny(training__steps=100_000, mixers=["identity"], baseline="identity"), tmp_path / "out"
+    words = ["ablate", path, "training.evaluate_every=100000", "--out", out, "--workers", 1, "--max-seconds", 1]
+    code, text, err = chela(*words)
+    assert code == 75, err
+    assert f"chela ablate {path} training.evaluate_every=100000 --out {out} --workers 1 --max-seconds 1.0" in text
+
+
+def test_a_report_whose_runs_had_other_terms_is_an_error(chela, tiny, tmp_path):
+    out = tmp_path / "out"
+    assert chela("ablate", tiny(), "--workers", 1, "--out", out)[0] == 0
+    log = out / "results.jsonl"
+    log.write_text(log.read_text().replace('"order":"', '"order":"x', 1))
+    assert chela("report", out)[0] == 0  # it is written all the same, and says so
+    code, text, _ = chela("report", out, "--check", out / "report.md")
+    assert code == 1
+    assert "another order of examples than" in text and "equal terms: 2 runs, 1 violations" in text
