@@ -184,5 +184,13 @@ def test_chunks_made_side_by_side_are_those_made_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(lra_chunks, "_cpus", lambda: 2)
     for a, b in zip(in_turn, lra_chunks.chunks("lra_listops", VERSION, parameters, range(4)), strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in a)
-    with pytest.raises(DataError, match="change the bounds"):  # a child's error is the caller's
-        lra_chunks.chunks("lra_listops", VERSION, {**parameters, "max_depth": 2, "min_length": 99}, range(4))
+
+
+def test_a_childs_error_is_the_callers(tmp_path, monkeypatch):
+    child = tmp_path / "python"
+    child.write_text("#!/bin/sh\necho 'DataError: the disk is full' >&2\nexit 1\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(lra_chunks.sys, "executable", str(child))
+    monkeypatch.setattr(lra_chunks, "_cpus", lambda: 2)
+    with pytest.raises(DataError, match=r"^the disk is full$"):
+        lra_chunks.chunks("lra_listops", VERSION, PUBLISHED, range(4))

@@ -60,8 +60,8 @@ def test_a_curves_dashes_follow_each_other_at_the_margin_and_never_turn_back(dra
             assert np.abs(np.linalg.norm(along, axis=1) - rules.length).max() <= 2**0.5
             gaps = np.linalg.norm(curve[1:, 0] - curve[:-1, 1], axis=1)
             assert gaps.max() <= 2 * max(rules.margins) + 2 * 2**0.5
-            # 90 degrees have probability 0. A dash of 2 pixels with an end that is rounded up can be drawn 27 degrees off
-            # its direction, two of them 54 (the cosine of 144 is -0.81); with 5 pixels and continuity 1.8 it's 50 + 23.
+            # 90 degrees have probability 0. Ends are rounded up, so a dash of 2 pixels is drawn up to 27 degrees off
+            # its direction, two of them 54 (the cosine of 144 is -0.81); of 5 pixels, with continuity 1.8, 50 + 23.
             along /= np.linalg.norm(along, axis=1, keepdims=True)
             turns = (along[1:] * along[:-1]).sum(1)
             assert turns.min() > (-0.81 if rules.size == 32 else 0.29)

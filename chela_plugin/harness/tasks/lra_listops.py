@@ -15,7 +15,8 @@ don't count and are not made here. The original numbers tokens by a set's order,
 padding, 1 to 10 the digits, 11 to 14 the operations in the order above, 15 the closing bracket. Not its random numbers:
 the lists follow the same rules, but are others than the published file's.
 
-Trees grow breadth first, many at once, in NumPy; a tree that is already too long is dropped at once.
+Trees grow breadth first, many at once, in NumPy; a tree that is already too long is dropped at once. The 100,000 lists
+take 18 s on two CPU cores (5,500 lists/s; `chela data listops`).
 """
 
 from __future__ import annotations
