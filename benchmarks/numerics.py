@@ -4,7 +4,7 @@
 
 Error of an output or gradient: norm of the difference over norm of the fp64 definition, on the same rounded inputs.
 Peers: flash-linear-attention on a GPU where it is installed, and everywhere the op's formula written with torch's own
-products in the dtype of the inputs ('torch'). Also: 20 runs bit for bit, rows of nothing but padding, T = 1, and on a GPU
+products in the dtype of the inputs (torch). Also: 20 runs bit for bit, rows of nothing but padding, T = 1, and on a GPU
 T = 1,048,576, forward and backward, with the time per token beside T = 32,768.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,8 +20,9 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
     asked = requested()
     if asked == "reference" or dtype == torch.float64:
         return "reference"
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     runs = _triton_installed() and (
-        torch.device(device).type == "cuda" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+        kind == "cuda" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
     )
     if asked == "triton" and not runs:
         raise RuntimeError(
@@ -43,6 +45,7 @@ def computed_dtype(weight: Tensor, device: torch.device | str) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+@functools.cache
 def _triton_installed() -> bool:
     """Triton with tensor descriptors, 3.4 or newer."""
     try:
@@ -86,4 +89,5 @@ def ready_for(x: Tensor) -> AbstractContextManager:
     import triton
 
     triton.set_allocator(scratch)
-    return torch.cuda.device(x.device)
+    here = x.device.index == torch.cuda.current_device()  # entering a device costs some microseconds
+    return nullcontext() if here else torch.cuda.device(x.device)

@@ -5,6 +5,7 @@ Nothing here looks at a tensor's values or waits for the device, so every launch
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -76,10 +77,20 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
 def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: bool) -> int:
     """Segment size of the causal kernels, one for both passes: backward starts from the states of forward."""
     batch, time, heads = q.shape[:3]
-    K, V = int(q.shape[3]), int(v.shape[3])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    columns = min(blocks_for("forward", K, V, q.element_size(), decay, rows * heads).columns, width_block(V))
-    return segment_size(rows, heads, time, _blocks(V, columns))
+    # The sizes may be symbolic here, which a cache can't take.
+    plain = _forward_blocks.__wrapped__
+    return plain(rows, time, heads, int(q.shape[3]), int(v.shape[3]), q.element_size(), decay)[2]
+
+
+@functools.lru_cache(4096)
+def _forward_blocks(
+    rows: int, time: int, heads: int, K: int, V: int, element_size: int, decay: bool
+) -> tuple[Blocks, int, int]:
+    """Blocks of the forward pass, its columns a program, and the segment size. Cached: a third of a small call."""
+    blocks = blocks_for("forward", K, V, element_size, decay, rows * heads)
+    columns = min(blocks.columns, width_block(V))
+    return blocks, columns, segment_size(rows, heads, time, _blocks(V, columns))
 
 
 def tiled(x: Tensor) -> Tensor:
@@ -94,6 +105,7 @@ def tiled(x: Tensor) -> Tensor:
     return x.clone() if x.is_contiguous() else x.contiguous()
 
 
+@functools.cache
 def width_block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
@@ -138,9 +150,8 @@ def causal_forward(
     batch, time, heads, K = q.shape
     V = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks = blocks_for("forward", K, V, q.element_size(), log_decay is not None, rows * heads)
-    columns = min(blocks.columns, width_block(V))
-    plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
+    blocks, columns, size = _forward_blocks(rows, time, heads, K, V, q.element_size(), log_decay is not None)
+    plan = cut(q, cu_seqlens, size)
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
     final = _states(q, rows, heads, K, V) if want_state else None

@@ -45,8 +45,10 @@ def segments(monkeypatch):
     def cut(size):
         for name in ("segment_size", "bidirectional_segment_size"):
             monkeypatch.setattr(launch, name, lambda *_: size)
+        launch._forward_blocks.cache_clear()
 
-    return cut
+    yield cut
+    launch._forward_blocks.cache_clear()
 
 
 def case(batch, time, heads, K, V, decay, rows, dtype, seed=0):
