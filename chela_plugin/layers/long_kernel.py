@@ -47,6 +47,11 @@ class LongKernel(nn.Module):
         """`[rows]`: no sum of absolute taps exceeds it, whatever the length."""
         raise NotImplementedError
 
+    def bytes_a_lag(self) -> int:
+        """What `taps` holds at once for each lag, in bytes, without a gradient; the taps themselves here."""
+        first = next(self.parameters())
+        return first.shape[0] * (8 if first.dtype == torch.float64 else 4)
+
 
 def decay_init(rows: int, shortest: float, longest: float, device=None) -> Tensor:
     """Time constants in tokens, log-spaced over the rows: the rows look back over different ranges from the start."""
@@ -176,6 +181,10 @@ class ModalKernel(LongKernel):
         powers = self.powers(torch.arange(length, device=self.log_time.device))
         return torch.einsum("rm,rml->rl", self.residues(), powers).real
 
+    def bytes_a_lag(self) -> int:
+        """All modes' powers, complex, and their angles in fp64."""
+        return self.log_time.numel() * (24 if self.log_time.dtype == torch.float64 else 16)
+
     def l1_bound(self) -> Tensor:
         return precise(self.residue).norm(dim=-1).sum(dim=1)
 
@@ -217,6 +226,11 @@ class ImplicitKernel(LongKernel):
             h = torch.sin(F.linear(h, precise(layer.weight), precise(layer.bias)))  # type: ignore[arg-type]
         h = torch.tanh(F.linear(h, precise(self.out.weight), precise(self.out.bias))).T
         return h * -torch.expm1(-1 / time)[:, None] * torch.exp(-lag / time[:, None])
+
+    def bytes_a_lag(self) -> int:
+        """The features and one hidden layer, beside the taps."""
+        wide = 8 if self.log_time.dtype == torch.float64 else 4
+        return (len(self.log_time) + 2 * self.periods + self.out.in_features) * wide
 
     def l1_bound(self) -> Tensor:
         return torch.ones_like(precise(self.log_time))

@@ -18,6 +18,11 @@ from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kern
 from .mixer import Cache
 
 
+# What the taps of one convolution may take while they are generated, far above any useful filter: 1,024 channels of a
+# million taps. It turns a mistaken length into an error before the device runs out of memory.
+MAX_TAPS_BYTES = 8 << 30
+
+
 class BranchNorm(nn.BatchNorm1d):
     """BatchNorm over the tokens of `[B, T, D]`, skipping padding; folds into the branch's taps after training."""
 
@@ -153,8 +158,16 @@ class ShortLongConv(nn.Module):
         return torch.stack(scales), torch.stack(shifts).sum(0)
 
     def long_taps(self, length: int) -> Tensor:
-        """Taps of the long kernel before its norm: `[sides, D, length]`."""
+        """Taps of the long kernel before its norm: `[sides, D, length]`. ValueError beyond MAX_TAPS_BYTES."""
         assert self.long_kernel is not None
+        if not torch.compiler.is_compiling():
+            wanted = (self.long_kernel.bytes_a_lag() + self.sides * self.dim * 4) * length
+            if wanted > MAX_TAPS_BYTES:
+                raise ValueError(
+                    f"{length:,} taps of {self.dim} channels would take {wanted / 2**30:.1f} GiB, more than the bound "
+                    f"of {MAX_TAPS_BYTES / 2**30:g} GiB; use shorter sequences or, for causal convolutions, "
+                    "long='modal', which needs no taps"
+                )
         taps = self.long_kernel.taps(length).view(self.sides, -1, length)
         return taps.repeat_interleave(self.group_size, dim=1)
 

@@ -173,3 +173,30 @@ def test_a_two_dimensional_convolution_asks_for_its_grid():
 def test_folding_batch_norms_in_training_mode_is_refused():
     with pytest.raises(RuntimeError, match="eval"):
         build(causal=True, norm="batch").train().reparameterize()
+
+
+@pytest.mark.parametrize("long", LONG_KERNELS)
+def test_taps_beyond_the_memory_bound_are_one_clear_error(long):
+    conv = build(causal=True, long=long)
+    with pytest.raises(ValueError, match=r"taps of 8 channels would take .* GiB, more than the bound of 8 GiB"):
+        conv.long_taps(10**9)
+
+
+@pytest.mark.parametrize("norm", ["scale", "batch"])
+@pytest.mark.parametrize("tokens", [1, 9, 200])
+def test_a_structured_modal_convolution_equals_the_exact_one(norm, tokens):
+    for dtype, tolerance in PRECISIONS:
+        conv = build(dtype, causal=True, long="modal", norm=norm)
+        x = torch.randn(2, tokens, 8, dtype=dtype)
+        assert conv.runs_structured(x)
+        exact = conv.convolved(x, None, None, None)
+        torch.testing.assert_close(conv(x), exact, rtol=0, atol=tolerance)
+        torch.testing.assert_close(conv(x, silu=True), F.silu(exact), rtol=0, atol=tolerance)
+
+
+def test_what_modal_states_cannot_carry_runs_by_the_exact_path():
+    x = torch.randn(1, 20, 8, dtype=torch.float64)
+    assert not build(causal=False, long="modal").runs_structured(x)
+    assert not build(causal=True, long="modal", short=(3, 9)).runs_structured(x)
+    assert not build(causal=True, long="modal", norm="batch").train().runs_structured(x)
+    assert not build(causal=True, long="multiscale").runs_structured(x)
