@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend, traced
 from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv
+from chela_plugin.kernels.modal_step import modal_step, runs_here
 
 from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
 from .mixer import Cache
@@ -338,6 +339,19 @@ class ShortLongConv(nn.Module):
                 "a cache goes with eval mode: batch norms take statistics over all tokens while training"
             )
         tokens = x.shape[1]
+        if tokens == 1 and mask is None and isinstance(self.long_kernel, ModalKernel) and self.steps_at_once(x):
+            modal, raw = self.long_kernel, not self.folded
+            y, cache["conv_inputs"], cache["conv_modes"] = modal_step(
+                x[:, 0],
+                cache["conv_inputs"].to(x.dtype),
+                cache["conv_modes"],
+                list(self.short_kernels) if raw else [self.short_taps],
+                self.scales if raw else None,
+                self.scales[-1] if raw else self.long_scale,
+                self.bias,
+                (modal.log_time, modal.frequency, modal.residue),
+            )
+            return y[:, None]
         inputs = torch.cat([cache["conv_inputs"].to(x.dtype), x], dim=1)  # [B, seen + T, D]
         if mask is not None:
             real = F.pad(mask, (inputs.shape[1] - tokens, 0), value=True)
@@ -369,6 +383,10 @@ class ShortLongConv(nn.Module):
             "btd,dmt->bdm", wide.to(powers.dtype), powers[..., :-1].flip(-1)
         )
         return y + ((carried + within) * scale).to(x.dtype)
+
+    def steps_at_once(self, x: Tensor) -> bool:
+        """Whether one kernel takes a decoding step of this convolution."""
+        return (self.norm == "scale" or self.folded) and runs_here(x)
 
     def extra_repr(self) -> str:
         names = ("causal", "short", "long", "norm", "dims")
