@@ -23,7 +23,7 @@ from chela_plugin.harness.extras import need
 from chela_plugin.harness.grid import Cell, cells, choose_learning_rate, is_settled, latest_runs
 from chela_plugin.harness.progress import PlainProgress, progress_for
 from chela_plugin.harness.results import Record, ResultsError, ResultsFolder
-from chela_plugin.harness.tasks import prepare
+from chela_plugin.harness.tasks import cache, prepare
 from chela_plugin.harness.trackers import check_trackers
 from chela_plugin.harness.training import Interrupted
 from chela_plugin.harness.workers import default_workers, run_here, run_in_processes, stop_on_signals
@@ -76,7 +76,8 @@ def run_ablations(
         events = _Events(results, display, steps)
         runner = lru_cache(None)(lambda name: CellRunner(ablations[name], results.path, trackers))
         for name, task in dict.fromkeys((cell.ablation, cell.task) for cell in pending):
-            prepare(next(config for config in ablations[name].tasks if config.task == task))
+            with cache.reporting(_Generation(task, display)):
+                prepare(next(config for config in ablations[name].tasks if config.task == task))
         if pending:
             _check_data(runner, results.records)
         workers = min(workers or default_workers(list(ablations.values())), len(pending))
@@ -105,6 +106,18 @@ def run_ablations(
             + "\n  ".join(unread)
         )
     return None
+
+
+class _Generation:
+    """Says every ten seconds how far the making of a task's data is."""
+
+    def __init__(self, task: str, display: PlainProgress):
+        self.task, self.display, self.said = task, display, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.said >= 10:
+            self.said = time.monotonic()
+            self.display.line(f"making the data of {self.task}: {done:,} of {total:,} examples")
 
 
 class _Events:

@@ -78,6 +78,13 @@ def test_dotted_overrides_reach_sections_lists_and_named_tasks(tiny):
     assert config.learning_rates == [1e-4]
 
 
+def test_an_override_may_name_other_tasks_and_change_them_too(tiny):
+    _, config = load_ablation(
+        tiny(backbone={"kind": "language"}), ["tasks=[mad_recall, mad_memorization]", "tasks.1.length=16"]
+    )
+    assert [(task.task, task.length) for task in config.tasks] == [("mad_recall", 128), ("mad_memorization", 16)]
+
+
 def test_an_override_of_nothing_is_refused(tiny):
     with pytest.raises(ConfigError, match="no 'trainig'"):
         load_ablation(tiny(), ["trainig.steps=7"])
