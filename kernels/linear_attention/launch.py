@@ -70,7 +70,9 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
     table = torch.zeros(segments, 2, dtype=torch.int64, device=q.device)
     owner = torch.zeros(segments, dtype=torch.int32, device=q.device)
     first = torch.empty(rows + 1, dtype=torch.int64, device=q.device)
-    kernels.segment_table[(rows,)](cu_seqlens.contiguous(), table, owner, first, rows, size, BLOCK=256)
+    kernels.segment_table[(rows,)](
+        cu_seqlens.contiguous(), table, owner, first, rows, time, size, segments, BLOCK=256
+    )  # fmt: skip
     return Cut(rows, segments, size, 1, table, owner, first)
 
 

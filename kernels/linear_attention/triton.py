@@ -41,6 +41,14 @@ LEAST = tl.constexpr(-115.41560327111707)  # reference.LEAST_LOG_DECAY in base 2
 
 
 @triton.jit
+def _bounds(cu_seqlens, n, T):
+    """Where sequence n starts and ends, held inside `[0, T]`: a wrong cu_seqlens gives wrong numbers, but no access to
+    memory that isn't ours."""
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
+    return start, tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
+
+
+@triton.jit
 def _segment(p, cuts, T, SEG, SEGMENTS, VARLEN: tl.constexpr, TABLE: tl.constexpr):
     """Segment p: its row, its first token in that row, and its number of tokens.
 
@@ -50,8 +58,8 @@ def _segment(p, cuts, T, SEG, SEGMENTS, VARLEN: tl.constexpr, TABLE: tl.constexp
             start = tl.load(cuts + 2 * p).to(tl.int64)
             length = tl.load(cuts + 2 * p + 1).to(tl.int32)
         else:
-            start = tl.load(cuts + p).to(tl.int64)
-            length = (tl.load(cuts + p + 1).to(tl.int64) - start).to(tl.int32)
+            start, end = _bounds(cuts, p, T)
+            length = (end - start).to(tl.int32)
         row = tl.zeros((), tl.int64)
     else:
         row = (p // SEGMENTS).to(tl.int64)
@@ -68,8 +76,10 @@ def _tiles(pointer, n, stride, W: tl.constexpr, BT: tl.constexpr, BW: tl.constex
 
 
 @triton.jit
-def segment_table(cu_seqlens, table, owner, first, N, SEG, BLOCK: tl.constexpr):
+def segment_table(cu_seqlens, table, owner, first, N, T, SEG, SEGMENTS, BLOCK: tl.constexpr):
     """Cut sequence n into segments: `table[p] = (start, length)` and `owner[p] = n` from p = `first[n]` on.
+
+    The table has room for SEGMENTS; what a wrong cu_seqlens asks for beyond is left out.
 
     One program a sequence. What lies behind the last segment keeps the length 0 that the table was filled with."""
     n = tl.program_id(0)
@@ -77,13 +87,14 @@ def segment_table(cu_seqlens, table, owner, first, N, SEG, BLOCK: tl.constexpr):
     for i in range(0, n, BLOCK):
         at = i + tl.arange(0, BLOCK)
         live = at < n
-        begin = tl.load(cu_seqlens + at, live, other=0).to(tl.int64)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + at, live, other=0).to(tl.int64), 0), T)
         end = tl.load(cu_seqlens + at + 1, live, other=0).to(tl.int64)
+        end = tl.minimum(tl.maximum(end, begin), T)
         before += tl.sum((end - begin + SEG - 1) // SEG)
-    begin = tl.load(cu_seqlens + n).to(tl.int64)
-    end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+    before = tl.minimum(before, SEGMENTS)
+    begin, end = _bounds(cu_seqlens, n, T)
     tl.store(first + n, before)
-    count = (end - begin + SEG - 1) // SEG
+    count = tl.minimum((end - begin + SEG - 1) // SEG, SEGMENTS - before)
     if n == N - 1:
         tl.store(first + N, before + count)
     for j in range(count):

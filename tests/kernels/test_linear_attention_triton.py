@@ -257,3 +257,16 @@ def test_fp64_and_an_explicit_wish_run_the_reference(monkeypatch):
     assert backend("cuda") == "reference"
     x = torch.randn(1, 5, 1, 4)
     assert torch.equal(linear_attention(x, x, x)[0], reference.chunked(x, x, x, None, 0.5, None)[0])
+
+
+@pytest.mark.parametrize("cuts", [[0, 300, 0, 300, 0, 300], [-50, 9999, 20], [500, 100, 90], [0, 2**40, 300]])
+def test_a_wrong_cu_seqlens_never_leaves_the_tokens_or_the_table(cuts):
+    """On CUDA its values aren't read before the launch: nothing may be written or read out of bounds."""
+    from chela_plugin.kernels.linear_attention import launch
+
+    q = torch.zeros(1, 300, 1, 16)
+    plan = launch.cut(q, torch.tensor(cuts), 64)
+    start, length = plan.cuts.unbind(1)
+    assert (start >= 0).all() and (length >= 0).all() and (start + length <= 300).all() and (length <= 64).all()
+    assert plan.first.diff().ge(0).all() and plan.first[0] >= 0 and plan.first[-1] <= plan.segments
+    assert ((plan.owner >= 0) & (plan.owner < plan.rows)).all()
