@@ -46,7 +46,7 @@ def forward(
     with ready_for(o):
         kernels.forward[(-(-rows // block), heads)](
             o_rows, v_rows, weight if skip is None else skip, weight, g_rows, y, rows, stride_o, stride_v, stride_g,
-            eps, V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=4,
+            eps, V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
     return y.to(o.dtype)
 
@@ -74,7 +74,7 @@ def backward(
         kernels.backward[(programs, heads)](
             dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do, dv, dgate, dweight, dskip,
             rows, stride_dy, stride_o, stride_v, stride_g, eps, blocks,
-            V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=4,
+            V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
     dskip = o.new_empty(0) if skip is None else dskip.sum(0).to(skip.dtype)
     return do.to(o.dtype), dv.to(o.dtype), dskip, dweight.sum(0).to(weight.dtype), dgate.to(o.dtype)
