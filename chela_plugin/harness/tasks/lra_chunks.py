@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def chunks(
     version: int,
     parameters: Mapping[str, Any],
     numbers: Iterable[int],
-) -> list[Arrays]:
-    """Chunks by number, read from the cache or made by `chunk(parameters, number)` of a module beside this one.
+) -> Iterator[Arrays]:
+    """Chunks by number, each once: read from the cache, or made by `chunk(parameters, number)` of a module beside this.
 
     Args:
         module: a module of this package.
@@ -62,7 +62,7 @@ def chunks(
             if arrays is None:
                 raise DataError(f"{_path(folder, number)} was written but can't be read back; is the disk sound?")
             found[number] = arrays
-    return [found[number] for number in numbers]
+    return (found.pop(number) for number in numbers)  # a chunk that was used takes no memory
 
 
 def _make(

@@ -56,7 +56,8 @@ def pixel_sequences(images: Tensor, labels: Tensor, classes: int, form: Literal[
     flat = images.flatten(1)
     if form == "tokens":
         return Examples(flat, labels, classes=classes, metric="accuracy", vocabulary=256)
-    return Examples(flat[..., None] / 127.5 - 1, labels, classes=classes, metric="accuracy")
+    signal = flat[..., None].float().div_(127.5).sub_(1)  # in place: Path-X is 10 GB
+    return Examples(signal, labels, classes=classes, metric="accuracy")
 
 
 def _read(path: Path) -> dict[str, bytes]:
