@@ -53,6 +53,12 @@ def chart(title: str, points: list[tuple[str, int, float]]) -> bytes:
         line = sorted((T, ms) for other, T, ms in points if other == name)
         axes.plot([T for T, _ in line], [ms for _, ms in line], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="forward, ms", title=title)
+    times = sorted({T for _, T, _ in points})
+    axes.set_xticks(times, [f"{T:,}" for T in times])
+    axes.minorticks_off()
+    lowest, highest = min(ms for *_, ms in points), max(ms for *_, ms in points)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if lowest / 2 <= tick <= highest * 2]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     file = io.BytesIO()

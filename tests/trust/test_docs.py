@@ -13,6 +13,7 @@ PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 GPU = (
     "<!-- needs a GPU -->"  # stands on the line before a block that is not run here, where readers of the source see it
 )
+OWN_TEST = {"README.md", "compare-your-mixer.md"}  # tests/test_readme.py, tests/harness/test_walkthrough.py
 SKETCH = "        ...\n"  # README's outline of a mixer: a body left out
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n```python\n(?P<code>.*?)```", re.DOTALL)
 
@@ -22,9 +23,8 @@ def runnable(page: Path) -> str:
     return "\n".join(code for before, code in blocks if before.strip() != GPU and SKETCH not in code)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OWN_TEST], ids=lambda page: page.name)
 def test_the_pages_python_runs_from_top_to_bottom(page, tmp_path):
-    """README's has a test of its own (tests/test_readme.py)."""
     code = runnable(page)
     if not code:
         pytest.skip("it has no Python")
