@@ -82,8 +82,9 @@ class GatedDeltaNet(RecurrentMixer):
         qkv, seen = self.conv(self.qkv(x), None if cache is None else cache["conv"], length)
         keys = self.num_heads * self.key_dim
         q, k, v = F.silu(qkv).split((keys, keys, self.num_heads * self.value_dim), dim=-1)
-        q = F.normalize(q.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1)
-        k = F.normalize(k.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1)
+        # Autocast normalises in fp32; the kernels want one dtype.
+        q = F.normalize(q.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1).to(v.dtype)
+        k = F.normalize(k.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1).to(v.dtype)
         v = v.unflatten(-1, (self.num_heads, self.value_dim))
         precise = torch.promote_types(x.dtype, torch.float32)
         beta = self.beta(x).to(precise).sigmoid()

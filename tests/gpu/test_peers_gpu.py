@@ -110,6 +110,28 @@ def test_prefill_and_steps_equal_the_whole(spec):
 
 
 @needs_fla
+@pytest.mark.parametrize("spec", ["gla", "gated_deltanet", "mamba2"])
+def test_autocast_runs_what_the_path_says(spec, monkeypatch):
+    module = create_mixer(spec, 256, causal=True, device="cuda")
+    x = torch.randn(1, 100, 256, device="cuda")
+    called = []
+    find = peers.find
+
+    def watched(name):
+        function, reason = find(name)
+        return None if function is None else lambda *args, **kw: called.append(name) or function(*args, **kw), reason
+
+    monkeypatch.setattr(peers, "find", watched)
+    with torch.autocast("cuda", torch.bfloat16):
+        path = module.path("cuda")
+        module(x)
+    assert called and all(name in path or (name == "chunk_gla" and path == "fla") for name in called)
+    called.clear()
+    module(x)
+    assert module.path("cuda") in ("reference", "triton") and not called  # fp32
+
+
+@needs_fla
 def test_where_fla_refuses_a_gradient_another_of_its_kernels_runs():
     refused = peers.gated_backward_refused()
     wanted = "fla chunk_kda" if refused else "fla chunk_gated_delta_rule"
