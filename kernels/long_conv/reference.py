@@ -129,7 +129,9 @@ def modal_scan(
     place = torch.arange(chunk, device=x.device)
     lag = place[:, None] - place
     near = torch.einsum("gm,gmj->gj", c, powers[..., :chunk]).real[:, lag.clamp(min=0)] * (lag >= 0)
-    xs = torch.nn.functional.pad(x, (0, 0, 0, -tokens % chunk)).view(batch, -1, chunk, groups, channels // groups)
+    count = max(-(-tokens // chunk), 1)
+    filled = torch.nn.functional.pad(x, (0, 0, 0, count * chunk - tokens))
+    xs = filled.reshape(batch, count, chunk, groups, channels // groups)
     y = torch.einsum("grs,bnsgd->bnrgd", near, xs)
     found = torch.einsum("gms,bnsgd->nbgdm", powers[..., :chunk].flip(-1), xs.to(powers.dtype))
     turn, state = powers[:, None, :, chunk], found.new_zeros(batch, groups, channels // groups, modes)

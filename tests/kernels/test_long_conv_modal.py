@@ -121,6 +121,15 @@ def test_the_future_does_not_change_the_past_bit_for_bit(tokens, monkeypatch):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
+def test_nothing_in_is_nothing_out(shape):
+    leaves, _ = case(1, 1, 4, 2, 3, 3)
+    leaves[0] = torch.zeros(shape, requires_grad=True)
+    y = convolve(leaves, silu=True)
+    y.sum().backward()
+    assert y.shape == shape and leaves[0].grad is not None and not leaves[3].grad.any()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
