@@ -29,6 +29,9 @@ instead of listing all free ones, which gives the same distribution. Path-X as p
 LRA's text says (LRA's issue 38; others report 15 from there). The text's 35 / (14 / 3), that is 8, is the default here;
 `distractors` changes it.
 
+Checked against the original's program, run with these settings (900 pictures of 32 x 32, 60 of 128 x 128): the histogram
+of grey levels, the mean picture and the number of distractors agree within sampling error.
+
 Every dash is one of a few hundred stamps (360 first directions, and one for each pixel of the circle), so many pictures
 grow side by side in NumPy, and those that fail are dropped. A CPU core draws 970 pictures/s of 32 x 32 and 42/s of
 128 x 128 (processor time): 200,000 take two minutes and 40 minutes on two cores. Most of Path-X' time goes into the 470
@@ -507,7 +510,7 @@ class _Growth:
                 rows = np.flatnonzero(dashes.stamp[:, curve, i] >= 0)
                 stamp = dashes.stamp[rows, curve, i]
                 at = (rows[:, None], self._index(dashes.place[rows, curve, i])[:, None] + self.lines[stamp])
-                lines = self.stamps.lines.values[stamp] * np.float32(contrast)
+                lines = self.stamps.lines.values[stamp] / np.float32(255) * np.float32(contrast)
                 canvas[at] = np.maximum(canvas[at], lines)
         size, rim = self.rules.size, self.stamps.rim
         pictures = canvas.reshape(count, self.width, self.width)[:, rim : rim + size, rim : rim + size]
@@ -518,9 +521,9 @@ class _Growth:
         )
         images = np.empty((count, size, size), np.uint8)
         for row in range(count):
-            picture = pictures[row]
+            picture = pictures[row].astype(np.float64)  # as the original: 0.9 in float32 times 255 is below 229.5
             for y, x in dots[row]:
-                picture = np.maximum(picture, self._dot(int(y), int(x)))
+                picture = np.maximum(picture, self._dot(int(y), int(x)) / 255)
             low, high = picture.min(), picture.max()
             images[row] = (picture - low) * (255 / (high - low)) + 0.5
         return images, dots
