@@ -107,7 +107,8 @@ class CellRunner:
         probe = self.model(cell.task, cell.mixer, match.mlp_hidden).to(self.fabric.device)  # a mixer may run there only
         language = config.backbone.kind == "language"
         state = backbones.decoding_state(probe, config.backbone.dim, self.fabric.device) if language else None
-        path = backbones.paths(probe, self.fabric.device)
+        with self.fabric.autocast():  # some kernels take 16-bit inputs only
+            path = backbones.paths(probe, self.fabric.device)
         del probe  # its memory would count in the run's peak
         tokens = backbones.tokens_per_example(config.backbone, train) * config.training.batch_size
 
