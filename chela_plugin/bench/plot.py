@@ -27,25 +27,28 @@ def draw(path: Path, out: Path | None = None) -> Path:
 
     names = list(dict.fromkeys(row["name"] for row in record["results"]))
     styles = {name: {"color": f"C{i % 10}", "marker": "osv^D"[i // 10 % 5]} for i, name in enumerate(names)}
+    # A CPU's record has no peak memory.
+    quantities = [("ms", "ms, median"), ("peak_mib", "peak MiB above inputs and weights")]
+    quantities = [(key, label) for key, label in quantities if any(row.get(key) for row in record["results"])]
+    size = (4.6 * len(panels), 4.2 * len(quantities))
     figure, axes = plt.subplots(
-        2, len(panels), figsize=(4.6 * len(panels), 8.4), squeeze=False, sharex="col", layout="constrained"
+        len(quantities), len(panels), figsize=size, squeeze=False, sharex="col", layout="constrained"
     )
     for column, (title, axis, rows) in enumerate(panels):
-        for top, key, label in ((0, "ms", "ms, median"), (1, "peak_mib", "peak MiB above inputs and weights")):
-            place = axes[top][column]
+        for place, (key, label) in zip(axes[:, column], quantities, strict=True):
             for name in names:
                 points = sorted((row[axis], median(row[key])) for row in rows if row["name"] == name and row.get(key))
                 if points:
                     place.plot(*zip(*points, strict=True), label=name, markersize=4, linewidth=1.2, **styles[name])
             floors = sorted({(row[axis], row["floor_ms"]) for row in rows if row.get("floor_ms")})
-            if top == 0 and floors:
+            if key == "ms" and floors:
                 place.plot(*zip(*floors, strict=True), "k--", linewidth=0.8, label="floor")
             place.set_xscale("log", base=2)
             place.set_yscale("log")
             place.grid(True, which="major", alpha=0.3)
             place.set_ylabel(label)
         axes[0][column].set_title(title, fontsize=10)
-        axes[1][column].set_xlabel(LENGTHS[axis])
+        axes[-1][column].set_xlabel(LENGTHS[axis])
     handles, labels = [], []
     for place in axes[0]:
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
