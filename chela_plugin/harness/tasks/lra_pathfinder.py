@@ -29,8 +29,8 @@ instead of listing all free ones, which gives the same distribution. Path-X as p
 LRA's text says (LRA's issue 38; others report 15 from there). The text's 35 / (14 / 3), that is 8, is the default here;
 `distractors` changes it.
 
-Checked against the original's program, run with these settings (900 pictures of 32 x 32, 60 of 128 x 128): the histogram
-of grey levels, the mean picture and the number of distractors agree within sampling error.
+Checked against the original's program, run with these settings (900 pictures of 32 x 32, 60 of 128 x 128): histogram of
+grey levels, the mean picture and the number of distractors agree within sampling error.
 
 Every dash is one of a few hundred stamps (360 first directions, and one for each pixel of the circle), so many pictures
 grow side by side in NumPy, and those that fail are dropped. A CPU core draws 970 pictures/s of 32 x 32 and 42/s of
