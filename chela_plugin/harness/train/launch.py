@@ -1,7 +1,8 @@
 """Starts a run: in this process for one device, else in one process a device, under torch's elastic agent.
 
 The agent notices a process that dies, ends the others and says which it was. Under torchrun (several machines) or
-another launcher that sets its variables, the processes are there already and none is started.
+another launcher that sets its variables, the processes are there already and none is started. After Ctrl-C the agent
+gives the processes 30 s to save; a checkpoint that takes longer is lost, and the one before it stands.
 """
 
 from __future__ import annotations
@@ -180,6 +181,8 @@ def _process(run: Run, out: str, local_world: int, console: Console | None = Non
         try:
             train(work, run, folder, fabric, display, lambda: bool(asked) or bool(stop and stop.signal), peak)
         except Interrupted:
+            if console is None:
+                os._exit(0)  # all is on disk; an answer would wait for the agent, which waits for this process to end
             return STOPPED
         except Diverged as error:
             raise (TrainingFailed(str(error)) if alone else error) from None
