@@ -161,7 +161,7 @@ def modal_conv_reference(
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     with without_autocast(x):
         wide = x.to(inner)
-        u, _ = modal_scan(wide, *(t.to(inner) for t in (log_time, frequency, residue)))
+        u, _ = modal_scan(wide, log_time.to(inner), frequency.to(inner), residue.to(inner))
         if scale is not None:
             u = u * scale.to(inner)
         for lag in range(0 if short is None else min(short.shape[1], x.shape[1])):

@@ -20,7 +20,9 @@ per program in a fixed order; `modal_gradient` sums them and takes them on to th
 the ordinary cores: 8 rows one token apart are held at once, so that each input is read (7 + taps) / 8 times.
 """
 
-# ruff: noqa: RUF005 (Triton joins tuples with +, it does not unpack them)
+# Triton unrolls loops over tuples that grow: joined with +, since it does not unpack them, and of no one type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc, var-annotated"
 import triton
 import triton.language as tl
 
