@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -95,7 +96,7 @@ def _launch(run: Run, out: Path, devices: int) -> int | None:
         start_method=method,
     )
     try:
-        answers = elastic_launch(config, entrypoint=_process)(run, str(out), devices)
+        answers = elastic_launch(config, entrypoint=_process)(run, str(out), devices, None, os.getpid())
     except SignalException as stopped:
         return int(stopped.sigval)
     except ChildFailedError as error:
@@ -121,8 +122,10 @@ def _failure(rank: int, failure: Any, out: Path) -> str:
     )
 
 
-def _process(run: Run, out: str, local_world: int, console: Console | None = None) -> str | None:
-    """Life of one process of a run; STOPPED where it was asked to stop."""
+def _process(
+    run: Run, out: str, local_world: int, console: Console | None = None, launcher: int | None = None
+) -> str | None:
+    """Life of one process of a run; STOPPED where it was asked to stop. It saves and ends when `launcher` is gone."""
     import torch
     from lightning.fabric import Fabric
 
@@ -141,6 +144,8 @@ def _process(run: Run, out: str, local_world: int, console: Console | None = Non
     if not alone:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, remember)
+    if launcher is not None:
+        threading.Thread(target=_follow, args=(launcher, asked), daemon=True).start()
     use_cuda = torch.cuda.is_available() and run.machine.accelerator != "cpu"
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -194,6 +199,15 @@ def _process(run: Run, out: str, local_world: int, console: Console | None = Non
             hidden.rmdir()
             _result(folder, run, work, fabric, found)
     return None
+
+
+def _follow(launcher: int, asked: list[int]) -> None:
+    """Ask for a stop once the launcher was killed, since nobody else would; end what can't stop by itself."""
+    while Path(f"/proc/{launcher}").exists() or not Path("/proc").exists():
+        time.sleep(1)
+    asked.append(signal.SIGTERM)
+    time.sleep(30)
+    os._exit(1)
 
 
 def _result(folder: RunFolder, run: Run, work: Any, fabric: Any, found: dict[str, Any]) -> None:
