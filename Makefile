@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: demo test lint test-gpu timm-suite wheel install clean
+.PHONY: demo test lint test-gpu sanitize test-matrix timm-suite docs wheel install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -27,6 +27,15 @@ test: lint
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu tests/gpu tests/mixers
 
+# Every Triton kernel at small shapes under compute-sanitizer, on a GPU.
+sanitize:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu/sanitizer_cases.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/gpu/sanitizer_cases.py
+
+# Versions that CI doesn't run: oldest and newest, Python 3.10 and 3.13 (noxfile.py).
+test-matrix: $(INSTALLED)
+	$(BIN)/nox
+
 # timm's own tests/test_models.py, unchanged, over our models (tests/vision/timm_suite.py). TIMM is a checkout of timm at
 # the tag of the installed version; without one the source distribution of that version is fetched, once.
 TIMM_VERSION = $(shell $(BIN)/python -c "from importlib.metadata import version; print(version('timm'))")
@@ -47,6 +56,13 @@ lint: $(INSTALLED)
 	rm -rf build/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 	cd build/installed && $(abspath $(BIN))/lint-imports --config ../../pyproject.toml --no-cache
+
+# The documentation's site, in site/.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	rm -rf build/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
+	$(BIN)/python -m mkdocs build --strict
 
 # What a user gets: the wheel alone in a clean venv, without the checkout.
 wheel: $(INSTALLED)

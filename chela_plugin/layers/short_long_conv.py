@@ -18,7 +18,6 @@ from chela_plugin.kernels.modal_step import modal_step, runs_here
 from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
 from .mixer import Cache
 
-
 # What the taps of one convolution may take while they are generated, far above any useful filter: 1,024 channels of a
 # million taps. It turns a mistaken length into an error before the device runs out of memory.
 MAX_TAPS_BYTES = 8 << 30
