@@ -52,11 +52,13 @@ def long_conv() -> str:
     rows = [row for row in load("long_conv_h100")["results"] if row["D"] == 1024 and row["B"] * row["T"] == 32768]
     times = sorted({row["T"] for row in rows})
     found = {(row["name"], row["T"]): row for row in rows}
+
+    def cell(name: str, T: int) -> str:
+        row = found.get((name, T))
+        return f"{row['forward_ms'][0]:.2f} / {row['forward_backward_ms'][0]:.2f}" if row else "-"
+
     table = [
-        [
-            name.replace("long_conv", "ours,").replace("rfft", "rfft,"),
-            *(f"{found[name, T]['forward_ms'][0]:.2f} / {found[name, T]['forward_backward_ms'][0]:.2f}" for T in times),
-        ]
+        [name.replace("long_conv", "ours,").replace("rfft", "rfft,"), *(cell(name, T) for T in times)]
         for name in dict.fromkeys(row["name"] for row in rows)
     ]
     return markdown(["ms forward / forward + backward", *(f"T = {T:,}" for T in times)], table)
@@ -97,4 +99,4 @@ def vision() -> str:
 
 
 if __name__ == "__main__":
-    print(linear_attention(), long_conv(), sep="\n\n")
+    print(linear_attention(), long_conv(), layers(), sep="\n\n")
