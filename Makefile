@@ -24,8 +24,10 @@ demo: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not gpu'
 
+# Fails without a device, and names what it skipped (peers that are not installed).
 test-gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/gpu tests/mixers
+	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu needs a CUDA device')"
+	$(PYTHON) -m pytest -q -rs -m gpu tests/gpu tests/mixers
 
 # Every Triton kernel at small shapes under compute-sanitizer, on a GPU.
 sanitize:

@@ -1,4 +1,7 @@
-"""How many examples hypothesis tries: what each test says in CI, 2,000 an op in the nightly mode (CHELA_NIGHTLY=1)."""
+"""For all tests: what a machine without a GPU leaves out, and how many examples hypothesis tries.
+
+In CI a property has the examples that its test says, in the nightly mode (CHELA_NIGHTLY=1) 2,000.
+"""
 
 import os
 
@@ -13,7 +16,14 @@ settings.load_profile("nightly" if os.environ.get("CHELA_NIGHTLY") == "1" else "
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the nightly mode a test's own `max_examples`, chosen for CI, gives way to the profile's."""
+    """Tests marked `gpu` need a CUDA device; nightly, a test's own `max_examples` gives way to the profile's."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device (make test-gpu refuses to run without)"))
     nightly = settings.get_current_profile_name() == "nightly"
     for item in items if nightly else ():
         test = getattr(item, "obj", None)
