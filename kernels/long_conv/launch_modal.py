@@ -88,6 +88,17 @@ def plan_for(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> P
     )
 
 
+class Filter(NamedTuple):
+    """A modal filter and what stands around it, as `modal_conv` takes them."""
+
+    log_time: Tensor
+    frequency: Tensor
+    residue: Tensor
+    short: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+
 class Matrices(NamedTuple):
     """taps `[G, C]` fp32, into and out `[G, 2, C, SP]` in x's dtype, turn `[G, 2, 2, SP]` fp32 (`triton_modal.py`)."""
 
@@ -145,19 +156,9 @@ def _starts(x: Tensor, u: Tensor | None, into: Tensor, turn: Tensor, plan: Plan,
     return starts
 
 
-def forward(
-    x: Tensor,
-    log_time: Tensor,
-    frequency: Tensor,
-    residue: Tensor,
-    short: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, u, states)`; u is `[0]` unless saved with SiLU, states are unless saved."""
+    log_time, frequency, residue, short, scale, bias = f
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
     plan = plan_for(x, log_time.shape[0], log_time.shape[1], cu_seqlens)
@@ -193,16 +194,12 @@ def backward(
     x: Tensor,
     u: Tensor,
     states: Tensor,
-    log_time: Tensor,
-    frequency: Tensor,
-    residue: Tensor,
-    short: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
+    f: Filter,
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, log_time, frequency, residue, short, scale and bias; None for what was not given."""
+    """Gradients of x and of each tensor of the filter; None for what was not given."""
+    log_time, frequency, residue, short, scale, bias = f
     groups, modes = log_time.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:

@@ -3,13 +3,13 @@
     chela::modal_conv            y, and what the backward pass wants: u before its SiLU, the states at chunks' starts
     chela::modal_conv_backward   gradients of x, log_time, frequency, residue, short, scale and bias
 
-An operator returns an empty tensor for what there is none of. Arguments are what `modal_conv` has checked.
+An operator returns an empty tensor for what there is none of. Arguments are what `modal_conv` has
+checked; the schemas below say their types.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from chela_plugin.kernels.backend import multiplied_as, ready_for
 
@@ -19,47 +19,18 @@ _NAME = "chela::modal_conv"
 _FILTER = "Tensor log_time, Tensor frequency, Tensor residue, Tensor? short, Tensor? scale, Tensor? bias"
 
 
-def forward(
-    x: Tensor,
-    log_time: Tensor,
-    frequency: Tensor,
-    residue: Tensor,
-    short: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = x.dtype
+def forward(x, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save):
+    f = launch.Filter(log_time, frequency, residue, short, scale, bias)
     with ready_for(x):
-        y, u, states = launch.forward(
-            x.to(multiplied_as(x)), log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save
-        )
-    return y.to(dtype), u, states
+        y, u, states = launch.forward(x.to(multiplied_as(x)), f, cu_seqlens, silu, save)
+    return y.to(x.dtype), u, states
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    u: Tensor,
-    states: Tensor,
-    log_time: Tensor,
-    frequency: Tensor,
-    residue: Tensor,
-    short: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    computed = multiplied_as(x)
+def backward(dy, x, u, states, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu):
+    f, computed = launch.Filter(log_time, frequency, residue, short, scale, bias), multiplied_as(x)
     with ready_for(x):
-        dx, *rest = launch.backward(
-            dy.to(computed), x.to(computed), u, states, log_time, frequency, residue, short, scale, bias, cu_seqlens,
-            silu,
-        )  # fmt: skip
-    return dx.to(x.dtype), *(x.new_empty(0) if t is None else t for t in rest)  # type: ignore[return-value]
+        dx, *rest = launch.backward(dy.to(computed), x.to(computed), u, states, f, cu_seqlens, silu)
+    return dx.to(x.dtype), *(x.new_empty(0) if t is None else t for t in rest)
 
 
 forward_op = torch.library.custom_op(
