@@ -49,7 +49,8 @@ def work(name: str, mixer: str | None, pixels: int, batch: int, device: torch.de
     options |= {} if mixer is None else {"mixer": mixer}
     options |= {"depth": 2} if device.type == "cpu" else {}
     model = timm.create_model(name, **options).to(device)
-    path = paths(model, device) if mixer is not None else "timm"
+    with bf16(device):  # some kernels take 16-bit inputs only
+        path = paths(model, device) if mixer is not None else "timm"
     if device.type == "cuda" and "reference" in path:
         raise Unavailable("no kernel here: its plain PyTorch form is not what the mixer costs")
     # Two, so that inference runs with its convolution folded, as it would be deployed.
@@ -59,19 +60,23 @@ def work(name: str, mixer: str | None, pixels: int, batch: int, device: torch.de
     return Work(runs(model.train(), folded, pixels, batch, device), path, count(model))
 
 
+def bf16(device: torch.device) -> torch.autocast:
+    """What every run here is under, and the question which path it takes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def runs(model: nn.Module, folded: nn.Module, pixels: int, batch: int, device: torch.device) -> dict[str, Run]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, pixels, pixels, generator=generator).to(device)
     labels = torch.randint(1000, (batch,), generator=generator).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def inference() -> Tensor:
-        with torch.inference_mode(), autocast():
+        with torch.inference_mode(), bf16(device):
             return folded(images)
 
     def training() -> Tensor:
-        with autocast():
+        with bf16(device):
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()

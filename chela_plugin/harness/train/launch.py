@@ -226,13 +226,15 @@ def _result(folder: RunFolder, run: Run, work: Any, fabric: Any, found: dict[str
         values = json.loads(line)
         metrics |= values
         rates += [v for k, v in values.items() if k.endswith("_per_second")]
+    with fabric.autocast():  # some kernels take 16-bit inputs only
+        path = paths(work.model, fabric.device)
     result = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": environment.versions(),
         "revision": environment.revision(),
         "device": environment.device_name(fabric.device),
         "devices": fabric.world_size,
-        "path": paths(work.model, fabric.device),
+        "path": path,
         "parameters": work.parameters,
         "flops": {"formula": work.flop_model, f"per_{work.unit.removesuffix('s')}": work.flops_per_unit},
         f"{work.unit}_per_second_median": sorted(rates)[len(rates) // 2] if rates else None,
