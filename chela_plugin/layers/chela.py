@@ -215,6 +215,7 @@ class Chela(Mixer):
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
         """The convolution's history and the attention's state `[B, H, K, V]` (fp32, or fp64 for fp64)."""
+        device, dtype = device or self.proj.weight.device, dtype or self.proj.weight.dtype
         state = torch.float64 if dtype == torch.float64 else torch.float32
         cache = self.conv.init_cache(batch_size, device=device, dtype=dtype)
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)

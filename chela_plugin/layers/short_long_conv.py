@@ -317,7 +317,12 @@ class ShortLongConv(nn.Module):
         return rows.reshape(x.shape) + columns.unflatten(0, (-1, w)).transpose(1, 2).reshape(x.shape)
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
-        """An empty history. `modal` keeps its modes' state and the last k - 1 inputs; the others keep all inputs."""
+        """An empty history, by default where and as the weights are.
+
+        `modal` keeps its modes' state and the last k - 1 inputs; the others keep all inputs.
+        """
+        weight = next(self.parameters())
+        device, dtype = device or weight.device, dtype or weight.dtype
         cache = {"conv_inputs": torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)}
         if isinstance(self.long_kernel, ModalKernel):
             modes = self.long_kernel.log_time.shape[1]

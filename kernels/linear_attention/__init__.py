@@ -70,8 +70,7 @@ def linear_attention(
             log_decay = log_decay.expand(*q.shape[:3]).masked_fill(~mask[..., None], 0.0)
         mask = None
     if triton:
-        o, state = _triton(q, k, v, log_decay, causal, scale, initial_state, output_final_state, cu_seqlens, mask)
-        return o, state if output_final_state else None
+        return _triton(q, k, v, log_decay, causal, scale, initial_state, output_final_state, cu_seqlens, mask)
     with without_autocast(q):
         if cu_seqlens is not None:
             o, state = reference.packed(q, k, v, log_decay, scale, initial_state, cu_seqlens.tolist(), causal)
@@ -108,6 +107,8 @@ def _triton(
     # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launch.
     run = ops.forward_op if save or traced(q) else ops.forward
     o, state, _ = run(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, want_state, save)
+    if not want_state:  # an operator has an empty tensor in its place
+        state = None
     if pad_K or pad_V:
         return o[..., :V], None if state is None else state[..., :K, :V]
     return o, state

@@ -113,6 +113,16 @@ def test_bidirectional_kernels_equal_the_definition_with_all_gradients(K, masked
 
 
 @only_interpreted
+@pytest.mark.parametrize("causal", [True, False])
+def test_training_without_a_final_state_at_widths_that_are_padded(causal):
+    q, k, v = (torch.randn(1, 9, 2, width, requires_grad=True) for width in (10, 10, 6))
+    o, state = linear_attention(q, k, v, causal=causal)
+    assert state is None and o.shape == v.shape
+    o.sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+@only_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("decay", [None, "static", "token"])
 def test_half_precision(dtype, decay):

@@ -278,6 +278,16 @@ def test_a_mixer_exports_and_compiles_whole(spec):
     torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), wanted)
 
 
+@pytest.mark.parametrize("spec", TRAINED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_cache_lies_where_the_weights_do_and_is_as_precise(spec, dtype):
+    cache = mixer(spec, dtype=dtype).to("meta").init_cache(2)
+    for name, tensor in cache.items():
+        assert tensor.device.type == "meta", name
+        if tensor.is_floating_point() or tensor.is_complex():
+            assert tensor.dtype.to_real() == dtype, name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", TRAINED)
 def test_a_gpu_computes_what_a_cpu_computes(spec):
