@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ def mamba_ssm_layer(dim: int, device: torch.device, expand: float) -> nn.Module:
     if reason:
         raise Unavailable(reason)
     module = importlib.import_module("mamba_ssm.modules.mamba2")
-    return module.Mamba2(dim, expand=expand, use_mem_eff_path=False)
+    # It computes widths as expand * dim and needs whole numbers: 1.25 would make a float of them.
+    return module.Mamba2(dim, expand=Fraction(expand), use_mem_eff_path=False)
 
 
 class RotaryAttention(nn.Module):
