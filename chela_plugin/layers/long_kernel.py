@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.folded_taps.reference import multiscale_taps
+
 LONG_KERNELS = ("multiscale", "explicit", "modal", "implicit")
 
 
@@ -42,6 +44,10 @@ class LongKernel(nn.Module):
     def taps(self, length: int) -> Tensor:
         """`[rows, length]`; column j is the tap at lag j."""
         raise NotImplementedError
+
+    def source(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """What `kernels.folded_taps` makes `length` taps from: the taps themselves, or a generator that it knows."""
+        return self.taps(length), None
 
     def l1_bound(self) -> Tensor:
         """`[rows]`: no sum of absolute taps exceeds it, whatever the length."""
@@ -88,28 +94,16 @@ class MultiscaleKernel(LongKernel):
         return torch.sigmoid(precise(self.ratio_logit))
 
     def taps(self, length: int) -> Tensor:
-        u, ratio = precise(self.sub_kernels), self.ratio()
-        scales, d = u.shape[1:]
-        parts, done, i = [], 0, 0
-        while done < length:
-            factor = 1 << i  # 2**i is a float in TorchScript
-            stretched = u[:, min(i, scales - 1)] @ stretch_matrix(d, factor, u)
-            parts.append(stretched * (ratio / 2).pow(i)[:, None])
-            done, i = done + d * factor, i + 1
-        return torch.cat(parts, dim=1)[:, :length]
+        return multiscale_taps(precise(self.sub_kernels), precise(self.ratio_logit), length)
+
+    def source(self, length: int) -> tuple[Tensor, Tensor | None]:
+        return self.sub_kernels, self.ratio_logit
 
     def l1_bound(self) -> Tensor:
         u, ratio = precise(self.sub_kernels), self.ratio()
         # Linear interpolation never exceeds the largest sub-tap: scale i has d 2^i taps of at most max|u| (ratio /
         # 2)^i.
         return u.abs().amax(dim=(1, 2)) * u.shape[-1] / (1 - ratio)
-
-
-def stretch_matrix(taps: int, factor: int, like: Tensor) -> Tensor:
-    """`[taps, taps * factor]`: linear interpolation with edges held, as one product (its gradient is deterministic)."""
-    place = (torch.arange(taps * factor, device=like.device, dtype=like.dtype) + 0.5) / factor - 0.5
-    nodes = torch.arange(taps, device=like.device, dtype=like.dtype)[:, None]
-    return (1 - (place.clamp(0, taps - 1) - nodes).abs()).clamp(min=0)
 
 
 class ExplicitKernel(LongKernel):

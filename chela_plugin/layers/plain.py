@@ -83,7 +83,7 @@ def depthwise(image: Tensor, kernel: Tensor, dims: int) -> Tensor:
 def mirrored(ahead: Tensor, behind: Tensor) -> Tensor:
     """One-sided taps `[D, L]` each way to the weights `[D, 2L - 1]` that correlate; `behind`'s first tap is unused.
 
-    The mirror image of `short_long_conv.two_sided`; not its `flip`, because ONNX can't reverse the nothing of L = 1.
+    The mirror image of `folded_taps.two_sided`; not its `flip`, because ONNX can't reverse the nothing of L = 1.
     """
     return torch.cat([ahead.flip(-1), behind[:, 1:]], dim=-1)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend, traced
+from chela_plugin.kernels.folded_taps import folded_taps
+from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv
 from chela_plugin.kernels.modal_step import modal_step, runs_here
 
@@ -159,6 +161,12 @@ class ShortLongConv(nn.Module):
 
     def long_taps(self, length: int) -> Tensor:
         """Taps of the long kernel before its norm: `[sides, D, length]`. ValueError beyond MAX_TAPS_BYTES."""
+        self.check_length(length)
+        assert self.long_kernel is not None
+        taps = folded_taps(*self.long_kernel.source(length), length=length).view(self.sides, -1, length)
+        return taps.repeat_interleave(self.group_size, dim=1)
+
+    def check_length(self, length: int) -> None:
         assert self.long_kernel is not None
         if not torch.compiler.is_compiling():
             wanted = (self.long_kernel.bytes_a_lag() + self.sides * self.dim * 4) * length
@@ -168,21 +176,28 @@ class ShortLongConv(nn.Module):
                     f"of {MAX_TAPS_BYTES / 2**30:g} GiB; use shorter sequences or, for causal convolutions, "
                     "long='modal', which needs no taps"
                 )
-        taps = self.long_kernel.taps(length).view(self.sides, -1, length)
-        return taps.repeat_interleave(self.group_size, dim=1)
 
     def folded_short(self) -> Tensor:
         """The short kernels under their scales, as one kernel: `[D, k]` or `[D, k, k]` with k the widest."""
         if self.folded:
             return precise(self.short_taps)
-        scales, _ = self.scale_and_shift()
         widest = max(self.short, default=1)
+        if self.dims == 1 and self.short:
+            length = widest if self.causal else (widest + 1) // 2
+            return folded_taps(
+                None, length=length, scales=self.branch_scales(), kernels=list(self.short_kernels), causal=self.causal
+            )
+        scales, _ = self.scale_and_shift()
         total = scales.new_zeros(self.dim, *(widest,) * self.dims)
         for kernel, scale in zip(self.short_kernels, scales, strict=False):
             missing = widest - kernel.shape[-1]
             pad = (0, missing) if self.causal else (missing // 2, missing // 2) * self.dims
             total = total + F.pad(precise(kernel) * scale.view(-1, *(1,) * self.dims), pad)
         return total
+
+    def branch_scales(self) -> Tensor:
+        """`[branches, D]`, as in eval mode, in the parameters' own dtype where they are parameters."""
+        return self.scales if self.norm == "scale" else self.scale_and_shift()[0]
 
     def folded_bias(self) -> Tensor:
         return precise(self.bias) if self.folded else self.scale_and_shift()[1]
@@ -194,15 +209,20 @@ class ShortLongConv(nn.Module):
 
     def folded_taps(self, length: int) -> Tensor:
         """All branches as one filter (`dims=1`): `[D, max(length, k)]`, or two-sided `[D, 2 max(...) - 1]`."""
-        short = self.folded_short()
         if self.long == "none":
-            return short
-        reach = short.shape[-1] if self.causal else (short.shape[-1] + 1) // 2
+            return self.folded_short()
+        widest = max(self.short, default=1)
+        reach = widest if self.causal else (widest + 1) // 2
         length = max(length, reach)
-        long = self.folded_long(length)
-        if self.causal:
-            return long[0] + F.pad(short, (0, length - reach))
-        return two_sided(long[0], long[1]) + F.pad(short, (length - reach,) * 2)
+        self.check_length(length)
+        assert self.long_kernel is not None
+        return folded_taps(
+            *self.long_kernel.source(length),
+            length=length,
+            scales=self.long_scale[None] if self.folded else self.branch_scales(),
+            kernels=[self.short_taps] if self.folded else list(self.short_kernels),
+            causal=self.causal,
+        )
 
     @torch.no_grad()
     def reparameterize(self) -> ShortLongConv:
@@ -395,11 +415,6 @@ class ShortLongConv(nn.Module):
     def extra_repr(self) -> str:
         names = ("causal", "short", "long", "norm", "dims")
         return f"{self.dim}, " + ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-
-def two_sided(ahead: Tensor, behind: Tensor) -> Tensor:
-    """One-sided taps `[D, L]` each way to `[D, 2L - 1]`; lag 0 is `ahead`'s, so `behind`'s first tap is unused."""
-    return torch.cat([behind[:, 1:].flip(-1), ahead], dim=-1)
 
 
 def tail_conv(inputs: Tensor, taps: Tensor, tokens: int) -> Tensor:
