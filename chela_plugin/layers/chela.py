@@ -41,7 +41,9 @@ class Chela(Mixer):
         num_heads: H; default: what `head_dim` gives, else heads of value width 128, or 64 where D is below 256.
         head_dim: V, the value width of a head; default D / H (3 D / 4 H with `update_gate`, whose D^2 it pays).
         key_dim: K, the key width of a head; default: what is left of 4 D^2 parameters, about V / 2.
-        short, long, norm, long_gain, dims, group_size, max_len: see `ShortLongConv`.
+        short, long_gain, dims, group_size, max_len: see `ShortLongConv`.
+        long: None chooses `modal` when causal, whose cost a token is constant in training and decoding alike, and
+            `multiscale` when not.
         norm: None chooses `scale` when causal and `batch` when not.
         decay: `data` (a decay for each token and head, as in Mamba-2), `none`, `fixed` (RetNet's), `learned` (one for
             each head); None chooses `data` when causal and `none` when not. A two-sided mixer has no decay.
@@ -68,7 +70,7 @@ class Chela(Mixer):
         head_dim: int | None = None,
         key_dim: int | None = None,
         short: tuple[int, ...] = (3, 7),
-        long: Literal["multiscale", "explicit", "modal", "implicit", "none"] = "multiscale",
+        long: Literal["multiscale", "explicit", "modal", "implicit", "none"] | None = None,
         norm: Literal["scale", "batch"] | None = None,
         long_gain: float = 0.1,
         dims: Literal[1, 2] = 1,
@@ -110,7 +112,7 @@ class Chela(Mixer):
             dim,
             causal=causal,
             short=short,
-            long=long,
+            long=long or default_long(causal),
             norm=norm or ("scale" if causal else "batch"),
             long_gain=long_gain,
             dims=dims,
@@ -268,6 +270,11 @@ class PlainChela(Chela):
         o = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
         y = (o * self.head_norm.to(o.dtype)).flatten(-2)
         return y if gate is None else y * F.silu(gate)
+
+
+def default_long(causal: bool) -> str:
+    """The long kernel where none is asked for."""
+    return "modal" if causal else "multiscale"
 
 
 def feature_map(x: Tensor, phi: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
 from chela_plugin.layers import Cache, Mixer, ShortLongConv
+from chela_plugin.layers.chela import default_long
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.plain import on_grid, plain_conv, with_weights_of
 
@@ -21,7 +22,7 @@ class Conv(Mixer):
     Args:
         dim: channels D.
         expand: inner width over D; 4/3 gives softmax attention's 4 D^2 parameters.
-        short, long, norm, long_gain, dims, max_len: see `layers.ShortLongConv`; norm None chooses as CHELA does.
+        short, long, norm, long_gain, dims, max_len: see `layers.ShortLongConv`; None chooses as CHELA does.
         depth: number of blocks of the host; scales the output projection's initial weights by (2 depth)^-0.5.
         layer_idx: accepted because every mixer factory takes it; all layers are alike here.
     """
@@ -37,7 +38,7 @@ class Conv(Mixer):
         dtype=None,
         expand: float = 4 / 3,
         short: tuple[int, ...] = (3, 7),
-        long: Literal["multiscale", "explicit", "modal", "implicit", "none"] = "multiscale",
+        long: Literal["multiscale", "explicit", "modal", "implicit", "none"] | None = None,
         norm: Literal["scale", "batch"] | None = None,
         long_gain: float = 0.1,
         dims: Literal[1, 2] = 1,
@@ -56,7 +57,7 @@ class Conv(Mixer):
             inner,
             causal=causal,
             short=short,
-            long=long,
+            long=long or default_long(causal),
             norm=norm or ("scale" if causal else "batch"),
             long_gain=long_gain,
             dims=dims,

@@ -17,10 +17,11 @@ KEPT = {
     "mamba": (3 * 192 + 192 * 16, 0),  # 3 inputs of the short convolution, 16 states a channel, expanded twice
     "mamba2": (3 * 448 + 3 * 64 * 128, 0),  # 192 channels and B and C of 128 in the convolution; 3 heads of 64 x 128
     "gated_deltanet": (3 * 192 + 48 * 96, 0),  # convolutions of q, k (48) and v (96)
-    "conv": (0, 128),  # a kernel as long as the sequence: all inputs of its 128 channels
-    "chela": (2 * 16 * 48, DIM),  # the same, and 2 heads of linear attention
-    "chela(long=none)": (6 * DIM + 2 * 20 * 48, 0),  # 6 inputs of the 7-tap kernel
-    "chela(long=modal)": (6 * DIM + 2 * 8 * DIM + 2 * 19 * 48, 0),  # and 8 complex modes a channel
+    "conv": (6 * 128 + 2 * 8 * 128, 0),  # 6 inputs of the 7-tap kernel, 8 complex modes, for each of its 128 channels
+    "conv(long=multiscale)": (0, 128),  # a kernel as long as the sequence: all inputs
+    "chela": (6 * DIM + 2 * 8 * DIM + 2 * 19 * 48, 0),  # the same, and 2 heads of linear attention
+    "chela(long=none)": (6 * DIM + 2 * 20 * 48, 0),
+    "chela(long=multiscale)": (2 * 16 * 48, DIM),
 }
 
 
