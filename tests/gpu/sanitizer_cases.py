@@ -1,32 +1,47 @@
 """Every Triton kernel once at small, uneven shapes, for compute-sanitizer; without it a plain run.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitizer_cases.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitizer_cases.py
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitizer_cases.py [PART ...]
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitizer_cases.py [PART ...]
 
-memcheck with PYTORCH_NO_CUDA_MEMORY_CACHING=1: then each tensor ends where its memory ends. The exit code is 1 if some
-kernel was never launched.
+memcheck with PYTORCH_NO_CUDA_MEMORY_CACHING=1: then each tensor ends where its memory ends. The exit code is 1 if a
+part fails, or if all parts ran and some kernel was never launched. A new op is one more function with `@part`; its kernels
+are found without being listed. `--list` names the parts, so that they can run beside one another.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import pkgutil
 import sys
+from collections.abc import Callable
 
 import torch
 
+from chela_plugin import kernels
+from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 from chela_plugin.kernels.long_conv import long_conv, modal_conv
+from chela_plugin.layers import ShortLongConv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = [
-    "gated_norm.triton",
-    "linear_attention.triton",
-    "linear_attention.triton_bidirectional",
-    "long_conv.triton",
-    "long_conv.triton_modal",
-]
+HALF, WIDE = (torch.bfloat16, torch.float16), (torch.float32,)
+PARTS: dict[str, Callable[[], None]] = {}
+
+
+def part(*dtypes: torch.dtype) -> Callable:
+    """Registers a function of one dtype as a part of its own for each of `dtypes`, or a function of none."""
+
+    def register(cases: Callable) -> Callable:
+        for dtype in dtypes:
+            PARTS[f"{cases.__name__}-{str(dtype).rpartition('.')[-1]}"] = functools.partial(cases, dtype)
+        if not dtypes:
+            PARTS[cases.__name__] = cases
+        return cases
+
+    return register
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -38,59 +53,96 @@ def both_ways(*outputs: torch.Tensor | None) -> None:
     torch.autograd.backward(there, [torch.randn_like(o) for o in there])
 
 
-def attention() -> None:
+@part(*HALF, *WIDE)
+def attention(dtype: torch.dtype) -> None:
     cuts = torch.tensor([0, 1, 70, 70, 2101], device=DEVICE)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for decay in ("none", "static", "token"):
-            # Odd lengths and widths; long enough for two levels of segments where heads are few.
-            for time, heads, K, V in ((67, 3, 40, 24), (2101, 1, 64, 64)):
-                q, k = random(1, time, heads, K, dtype=dtype), random(1, time, heads, K, dtype=dtype)
-                v = random(1, time, heads, V, dtype=dtype)
-                shape = {"static": (heads,), "token": (1, time, heads)}.get(decay)
-                d = None if shape is None else (-0.1 * torch.rand(shape, device=DEVICE)).requires_grad_()
-                state = random(1, heads, K, V, dtype=torch.float32)
-                both_ways(*linear_attention(q, k, v, d, initial_state=state, output_final_state=True))
-                if time == 2101:
-                    both_ways(*linear_attention(q, k, v, d, cu_seqlens=cuts, output_final_state=True))
-                with torch.no_grad():
-                    now = d if d is None or d.dim() == 1 else d[:, 0]
-                    linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, now)
-        for batch, time, heads, width in ((2, 67, 3, 40), (1, 2101, 1, 64)):
-            q, k, v = (random(batch, time, heads, width, dtype=dtype) for _ in range(3))
-            mask = torch.rand(batch, time, device=DEVICE) > 0.2
-            both_ways(linear_attention(q, k, v, causal=False, mask=mask)[0])
-            both_ways(*linear_attention(q, k, v, causal=False, output_final_state=True))
-            if batch == 1:
-                both_ways(linear_attention(q, k, v, causal=False, cu_seqlens=cuts)[0])
+    for decay in ("none", "static", "token"):
+        # Odd lengths and widths; long enough for two levels of segments where heads are few.
+        for time, heads, K, V in ((67, 3, 40, 24), (2101, 1, 64, 64)):
+            q, k = random(1, time, heads, K, dtype=dtype), random(1, time, heads, K, dtype=dtype)
+            v = random(1, time, heads, V, dtype=dtype)
+            shape = {"static": (heads,), "token": (1, time, heads)}.get(decay)
+            d = None if shape is None else (-0.1 * torch.rand(shape, device=DEVICE)).requires_grad_()
+            state = random(1, heads, K, V, dtype=torch.float32)
+            both_ways(*linear_attention(q, k, v, d, initial_state=state, output_final_state=True))
+            if time == 2101:
+                both_ways(*linear_attention(q, k, v, d, cu_seqlens=cuts, output_final_state=True))
+            with torch.no_grad():
+                now = d if d is None or d.dim() == 1 else d[:, 0]
+                linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, now)
 
 
-def convolutions() -> None:
-    for time, D, dtype in ((67, 20, torch.bfloat16), (300, 32, torch.float16), (130, 17, torch.float32)):
+@part(*HALF, *WIDE)
+def attention_that_looks_ahead(dtype: torch.dtype) -> None:
+    cuts = torch.tensor([0, 1, 70, 70, 2101], device=DEVICE)
+    for batch, time, heads, width in ((2, 67, 3, 40), (1, 2101, 1, 64)):
+        q, k, v = (random(batch, time, heads, width, dtype=dtype) for _ in range(3))
+        mask = torch.rand(batch, time, device=DEVICE) > 0.2
+        both_ways(linear_attention(q, k, v, causal=False, mask=mask)[0])
+        both_ways(*linear_attention(q, k, v, causal=False, output_final_state=True))
+        if batch == 1:
+            both_ways(linear_attention(q, k, v, causal=False, cu_seqlens=cuts)[0])
+
+
+@part(*HALF, *WIDE)
+def convolutions(dtype: torch.dtype) -> None:
+    for time, D in ((67, 20), (130, 17), (300, 32)):
         x = random(2, time, D, dtype=dtype)
         both_ways(long_conv(x, random(D, time, dtype=torch.float32), random(D, dtype=torch.float32)))
         both_ways(long_conv(x, random(D, 2 * 33 - 1, dtype=torch.float32), causal=False))
         packed = random(1, time, D, dtype=dtype)
         cuts = torch.tensor([0, 1, 40, time], device=DEVICE)
         both_ways(long_conv(packed, random(D, 50, dtype=torch.float32), cu_seqlens=cuts))
-    for dtype in (torch.bfloat16, torch.float32):
-        groups, modes, D = 2, 4, 32
-        log_time, frequency = (random(groups, modes, dtype=torch.float32) for _ in range(2))
-        residue = random(groups, modes, 2, dtype=torch.float32)
-        for options in ({}, {"silu": True, "bias": random(D, dtype=torch.float32)}):
-            both_ways(modal_conv(random(2, 131, D, dtype=dtype), log_time, frequency, residue, **options))
-        long = random(1, 4200, D, dtype=dtype)
-        both_ways(modal_conv(long, log_time, frequency, residue))
-        cuts = torch.tensor([0, 3, 3, 700, 4200], device=DEVICE)
-        both_ways(modal_conv(long, log_time, frequency, residue, cu_seqlens=cuts))
 
 
-def norms() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        for heads, width in ((3, 40), (2, 64)):
-            o, v = random(2, 67, heads, width, dtype=dtype), random(2, 67, heads, width, dtype=dtype)
-            weight, gate = random(heads, width, dtype=torch.float32), random(2, 67, heads * width, dtype=dtype)
-            both_ways(gated_norm(o, weight, gate, v=v, skip=random(heads, dtype=torch.float32)))
-            both_ways(gated_norm(o, weight, gate))
+@part(torch.bfloat16, *WIDE)
+def modal_convolutions(dtype: torch.dtype) -> None:
+    groups, modes, D = 2, 4, 32
+    log_time, frequency = (random(groups, modes, dtype=torch.float32) for _ in range(2))
+    residue = random(groups, modes, 2, dtype=torch.float32)
+    for options in ({}, {"silu": True, "bias": random(D, dtype=torch.float32)}):
+        both_ways(modal_conv(random(2, 131, D, dtype=dtype), log_time, frequency, residue, **options))
+    long = random(1, 4200, D, dtype=dtype)
+    both_ways(modal_conv(long, log_time, frequency, residue))
+    cuts = torch.tensor([0, 3, 3, 700, 4200], device=DEVICE)
+    both_ways(modal_conv(long, log_time, frequency, residue, cu_seqlens=cuts))
+
+
+@part(torch.bfloat16, *WIDE)
+def modal_steps(dtype: torch.dtype) -> None:
+    """From an empty cache on, so that the history grows to its full length; channels that fill no block."""
+    for dim, group, short in ((70, 7, (3, 7)), (8, 8, ()), (128, 16, (4,))):
+        layer = ShortLongConv(dim, causal=True, short=short, long="modal", group_size=group, device=DEVICE).eval()
+        for folded in (False, True):
+            if folded:
+                layer.reparameterize()
+            with torch.no_grad():
+                cache = layer.init_cache(3, dtype=dtype)
+                for _ in range(8):
+                    layer(random(3, 1, dim, dtype=dtype), cache=cache)
+
+
+@part()
+def taps() -> None:
+    """Generated and given long filters, one-sided and two-sided, of more than one block of columns."""
+    for causal in (True, False):
+        sides, short = 1 if causal else 2, [random(6, k, dtype=torch.float32) for k in (3, 7)]
+        scales = random(3, 6, dtype=torch.float32)
+        for length in (9, 1300):
+            source, ratio = random(2 * sides, 5, 4, dtype=torch.float32), random(2 * sides, dtype=torch.float32)
+            both_ways(folded_taps(source, ratio, length=length, scales=scales, kernels=short, causal=causal))
+            given = random(2 * sides, length, dtype=torch.float32)
+            both_ways(folded_taps(given, length=length, scales=scales, kernels=short, causal=causal))
+        both_ways(folded_taps(None, length=9, scales=random(2, 6, dtype=torch.float32), kernels=short, causal=causal))
+
+
+@part(torch.bfloat16, *WIDE)
+def norms(dtype: torch.dtype) -> None:
+    for heads, width in ((3, 40), (2, 64)):
+        o, v = random(2, 67, heads, width, dtype=dtype), random(2, 67, heads, width, dtype=dtype)
+        weight, gate = random(heads, width, dtype=torch.float32), random(2, 67, heads * width, dtype=dtype)
+        both_ways(gated_norm(o, weight, gate, v=v, skip=random(heads, dtype=torch.float32)))
+        both_ways(gated_norm(o, weight, gate))
 
 
 def never_launched() -> list[str]:
@@ -98,29 +150,33 @@ def never_launched() -> list[str]:
     from triton.runtime.jit import JITFunction
 
     missing = []
-    for name in MODULES:
-        module = importlib.import_module(f"chela_plugin.kernels.{name}")
-        for attribute, kernel in vars(module).items():
+    for found in pkgutil.walk_packages(kernels.__path__, "chela_plugin.kernels."):
+        if not found.name.rpartition(".")[-1].startswith("triton"):
+            continue
+        for attribute, kernel in vars(importlib.import_module(found.name)).items():
             if isinstance(kernel, JITFunction) and not attribute.startswith("_"):
                 compiled = any(len(caches[0]) for caches in kernel.device_caches.values())
-                missing += [] if compiled else [f"{name}:{attribute}"]
+                missing += [] if compiled else [f"{found.name}:{attribute}"]
     return missing
 
 
-def main() -> int:
+def main(names: list[str]) -> int:
+    if names == ["--list"]:
+        print("\n".join(PARTS))
+        return 0
     failed = []
-    for part in (attention, convolutions, norms):
+    for name in names or PARTS:
         try:
-            part()
+            PARTS[name]()
         except Exception as error:
-            failed.append(f"{part.__name__}: {type(error).__name__}: {error}")
+            failed.append(f"{name}: {type(error).__name__}: {error}")
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if not names and os.environ.get("TRITON_INTERPRET", "0") != "1":
             failed += [f"never launched: {name}" for name in never_launched()]
-    print("\n".join(failed) or "every kernel ran")
+    print("\n".join(failed) or "every kernel ran" + (f" of {', '.join(names)}" if names else ""))
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
