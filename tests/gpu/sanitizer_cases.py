@@ -4,8 +4,8 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitizer_cases.py [PART ...]
 
 memcheck with PYTORCH_NO_CUDA_MEMORY_CACHING=1: then each tensor ends where its memory ends. The exit code is 1 if a
-part fails, or if all parts ran and some kernel was never launched. A new op is one more function with `@part`; its kernels
-are found without being listed. `--list` names the parts, so that they can run beside one another.
+part fails, or if all parts ran and some kernel was never launched. A new op is one more function with `@part`; its
+kernels are found without being listed. `--list` names the parts, so that they can run beside one another.
 """
 
 from __future__ import annotations
