@@ -66,9 +66,12 @@ def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.silu, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of u's size are written for it each time
 
 
 def _gradient(ctx, dy, _du, _dstates):
+    if dy is None:
+        return (None,) * 10
     *tensors, u, states = ctx.saved_tensors
     x, *rest = tensors
     found = backward_op(dy, x, u, states, *rest, ctx.silu)
