@@ -3,10 +3,10 @@
     python benchmarks/numerics.py [--device cuda] [--out FILE] [--revision R] [--time T]
 
 Error of an output or gradient: norm of the difference over norm of the fp64 definition, on the same rounded inputs.
-Peers: flash-linear-attention on a GPU where it is installed, each of its kernels in the first configuration of its search
-(which takes minutes, and no time is read here); and the op's formula written with torch's own products in the dtype of
-the inputs (torch). Also: 20 runs bit for bit, rows of nothing but padding, T = 1, and on a GPU T = 1,048,576, forward and
-backward, with the time per token beside T = 32,768. The last lines say where ours is worse than a peer.
+Peers: flash-linear-attention on a GPU where it is installed, each of its kernels in the first configuration of its
+search (which takes minutes, and no time is read here); and the op's formula written with torch's own products in the
+dtype of the inputs (torch). Also: 20 runs bit for bit, rows of nothing but padding, T = 1, and on a GPU T = 1,048,576,
+forward and backward, with the time per token beside T = 32,768. The last lines say where ours is worse than a peer.
 """
 
 from __future__ import annotations
