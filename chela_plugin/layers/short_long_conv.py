@@ -199,6 +199,10 @@ class ShortLongConv(nn.Module):
         """`[branches, D]`, as in eval mode, in the parameters' own dtype where they are parameters."""
         return self.scales if self.norm == "scale" else self.scale_and_shift()[0]
 
+    def branch_bias(self) -> Tensor:
+        """`[D]`, likewise."""
+        return self.bias if self.folded or self.norm == "scale" else self.scale_and_shift()[1]
+
     def folded_bias(self) -> Tensor:
         return precise(self.bias) if self.folded else self.scale_and_shift()[1]
 
@@ -258,10 +262,12 @@ class ShortLongConv(nn.Module):
     ) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; x is zero where `mask` (bool `[B, T]`) is False, which `batch` must know of.
 
-        `silu`: SiLU of the result; a causal `modal` convolution does it, and its gradient, in the same pass.
+        `silu`: SiLU of the result; a convolution of a sequence does it, and its gradient, in the same pass.
         """
         if cache is None and self.runs_structured(x):
             return self.structured(x, silu)
+        if cache is None and self.dims == 1 and self.folds():
+            return self.exact(x, silu)
         y = self.convolved(x, mask, cache, grid)
         return F.silu(y) if silu else y
 
@@ -275,9 +281,13 @@ class ShortLongConv(nn.Module):
             isinstance(self.long_kernel, ModalKernel)
             and self.causal
             and max(self.short, default=1) <= MAX_SHORT
-            and not (self.norm == "batch" and self.training and not self.folded)
+            and self.folds()
             and not (traced(x) and backend(x.device, x.dtype) == "reference")
         )
+
+    def folds(self) -> bool:
+        """Whether the branches are one convolution: always, but for batch norms while training."""
+        return self.folded or self.norm == "scale" or not self.training
 
     def structured(self, x: Tensor, silu: bool) -> Tensor:
         modal = self.long_kernel
@@ -288,25 +298,27 @@ class ShortLongConv(nn.Module):
             modal.frequency,
             modal.residue,
             short=self.folded_short() if self.short else None,
-            scale=precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1],
-            bias=self.folded_bias(),
+            scale=self.long_scale if self.folded else self.branch_scales()[-1],
+            bias=self.branch_bias(),
             silu=silu,
         )
 
+    def exact(self, x: Tensor, silu: bool) -> Tensor:
+        """All branches of a sequence as one filter as long as it."""
+        return long_conv(x, self.folded_taps(x.shape[1]), self.branch_bias(), causal=self.causal, silu=silu)
+
     def convolved(self, x: Tensor, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
-        """The sum of all branches by exact convolutions."""
+        """What is not one convolution: after a cache, on a grid, or under batch norms while training."""
         if self.dims == 2 and grid is None:
             raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")
         if cache is not None:
             return self.continued(x, mask, cache)
-        if self.norm == "batch" and not self.folded and self.training:
+        if not self.folds():
             branches = [self.branch(i, x, grid) for i in range(len(self.branch_norms()))]
             return torch.stack([norm(y, mask) for norm, y in zip(self.branch_norms(), branches, strict=True)]).sum(0)
-        if self.dims == 2:
-            assert grid is not None
-            y = self.conv2d(x, self.folded_short(), grid) + self.folded_bias().to(x.dtype)
-            return y if self.long == "none" else y + self.cross(x, self.folded_long(max(grid)), grid)
-        return long_conv(x, self.folded_taps(x.shape[1]), self.folded_bias(), causal=self.causal)
+        assert grid is not None
+        y = self.conv2d(x, self.folded_short(), grid) + self.folded_bias().to(x.dtype)
+        return y if self.long == "none" else y + self.cross(x, self.folded_long(max(grid)), grid)
 
     def branch(self, i: int, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Branch i before its norm."""

@@ -17,7 +17,13 @@ __all__ = ["MAX_SHORT", "long_conv", "modal_conv"]
 
 
 def long_conv(
-    x: Tensor, taps: Tensor, bias: Tensor | None = None, *, causal: bool = True, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = True,
+    silu: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Depthwise convolution along the tokens (formulas in `reference.py`). Differentiable in x, taps and bias.
 
@@ -36,6 +42,7 @@ def long_conv(
             of higher precision than x.
         bias: `[D]` or None.
         causal: whether an output sees only its own token and those before it.
+        silu: SiLU of the result; it, and its gradient, ride along with passes that are made anyway.
         cu_seqlens: `[N + 1]` integers from 0 to T, as in FlashAttention: B is 1 and each sequence is convolved alone.
             The values are checked on a CPU; on CUDA only under `CHELA_CHECK=1`, since reading them stalls the stream.
 
@@ -59,11 +66,16 @@ def long_conv(
         check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=may_read(cu_seqlens))
     if backend(x.device, x.dtype) == "reference":
         if cu_seqlens is None:
-            return long_conv_reference(x, taps, bias, causal=causal)
+            return long_conv_reference(x, taps, bias, causal=causal, silu=silu)
         pairs = [(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
-        return torch.cat([long_conv_reference(x[:, a:b], taps, bias, causal=causal) for a, b in pairs], dim=1)
+        return torch.cat(
+            [long_conv_reference(x[:, a:b], taps, bias, causal=causal, silu=silu) for a, b in pairs], dim=1
+        )
     from . import ops
 
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, taps, bias))
-    # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launches.
-    return (ops.forward_op if learns or traced(x) else ops.forward)(x, taps, bias, cu_seqlens, causal)
+    if traced(x):
+        return ops.forward_op(x, taps, bias, cu_seqlens, causal, silu, learns)[0]
+    if learns:
+        return ops.Eager.apply(x, taps, bias, cu_seqlens, causal, silu)
+    return ops.forward(x, taps, bias, cu_seqlens, causal, silu)[0]

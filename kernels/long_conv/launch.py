@@ -39,23 +39,49 @@ def empty_like(x: Tensor) -> Tensor:
     return x.new_empty(channels, batch, (tokens + 7) // 8 * 8).permute(1, 2, 0)[:, :tokens]
 
 
+class Epilogue(NamedTuple):
+    """bias `[D]` or None; silu: whether y = SiLU(u); u: where to leave u, laid out as y, or None."""
+
+    bias: Tensor | None = None
+    silu: bool = False
+    u: Tensor | None = None
+
+    def of(self, part: slice) -> Epilogue:
+        bias, silu, u = self
+        return Epilogue(None if bias is None else bias[part], silu, None if u is None else u[..., part])
+
+    def options(self) -> dict[str, bool]:
+        return {"BIAS": self.bias is not None, "SILU": self.silu, "SAVE": self.u is not None}
+
+
 def forward(
-    x: Tensor, taps: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, causal: bool, how: str | None = None
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    how: str | None = None,
+    *,
+    silu: bool = False,
+    u: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T, D]`, as `long_conv`. `how` is "toeplitz" or "fft" (not for packed sequences), or None for the table."""
+    """`[B, T, D]`, as `long_conv`. `how` is "toeplitz" or "fft" (not for packed sequences), or None for the table.
+
+    u: with `silu` filled with what SiLU is taken of; an `empty_like(x)`."""
     first, last, centre = lags_of(x.shape[1], taps, causal)
-    bias = None if bias is None else bias.contiguous()
+    end = Epilogue(None if bias is None else bias.contiguous(), silu, u)
     if x.numel() == 0:
         return empty_like(x)
     if _algorithm(x, cu_seqlens, first, last, False, how) == "toeplitz":
         M = blocks_for(x.shape[0], x.shape[1], x.dtype).chunk
-        return _toeplitz(to_chunks(x, M, places_of(cu_seqlens, x.shape[1], M)), taps, bias, first, last, centre, 1, x)
+        chunks = to_chunks(x, M, places_of(cu_seqlens, x.shape[1], M))
+        return _toeplitz(chunks, taps, end, first, last, centre, 1, x)
     y = empty_like(x)
     n = fast_length(x.shape[1])
     for part in _slabs(x, n):
         spectrum = _spectrum(x[..., part], 0, x.shape[1] - 1, n)
         spectrum.mul_(_spectrum(_as_tokens(taps[part], first, last, centre), first, last, n))
-        _from_spectrum(spectrum, y[..., part], None if bias is None else bias[part])
+        _from_spectrum(spectrum, y[..., part], end.of(part))
     return y
 
 
@@ -68,30 +94,40 @@ def backward(
     want_x: bool,
     want_taps: bool,
     how: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and taps, in their dtypes; `[0]` for what is not wanted."""
-    batch, tokens, _ = x.shape
+    *,
+    want_bias: bool = False,
+    u: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and taps, in their dtypes, and of bias, in fp32; `[0]` for what is not wanted.
+
+    u: what the forward pass took SiLU of; None without SiLU."""
+    batch, tokens, channels = x.shape
     first, last, centre = lags_of(tokens, taps, causal)
-    dx = dtaps = taps.new_empty(0)
+    dx, dtaps, dbias = (taps.new_empty(0) for _ in range(3))  # an operator's outputs may not be one tensor
     if x.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(taps)
+        return torch.zeros_like(x), torch.zeros_like(taps), taps.new_zeros(channels if want_bias else 0)
     if _algorithm(x, cu_seqlens, first, last, True, how) == "toeplitz":
         M = blocks_for(batch, tokens, x.dtype).chunk
         places = places_of(cu_seqlens, tokens, M)
-        dy_chunks = to_chunks(dy, M, places)
+        sums = _sums_of(dy, triton.cdiv(_slots(tokens, M, places) * M, TILE_T)) if want_bias else None
+        dy_chunks = to_chunks(dy, M, places, u, sums)
+        if sums is not None:
+            dbias = sums.sum(0)
         if want_x:
-            dx = _toeplitz(dy_chunks, taps, None, first, last, centre, -1, x)
+            dx = _toeplitz(dy_chunks, taps, Epilogue(), first, last, centre, -1, x)
         if want_taps:
             dtaps = _lag_sums(dy_chunks, to_chunks(x, M, places), taps, first, last, centre)
-        return dx, dtaps
+        return dx, dtaps, dbias
     if want_x:
         dx = empty_like(x)
     if want_taps:
         dtaps = torch.zeros(taps.shape, dtype=taps.dtype, device=x.device)
     n = fast_length(tokens)
+    sums = _sums_of(dy, triton.cdiv(n, TILE_T)) if want_bias else None
     for part in _slabs(x, n):
         h = _spectrum(_as_tokens(taps[part], first, last, centre), first, last, n)
-        g = _spectrum(dy[..., part], 0, tokens - 1, n)
+        behind_silu = None if u is None else u[..., part]
+        g = _spectrum(dy[..., part], 0, tokens - 1, n, behind_silu, None if sums is None else sums[:, part])
         if want_taps:
             c = torch.empty_like(h)
             spectra = (g, _spectrum(x[..., part], 0, tokens - 1, n), h, c)
@@ -99,7 +135,7 @@ def backward(
             kernels.correlate[grid](*(torch.view_as_real(z) for z in spectra), batch, n, BLOCK=LINE)
             del spectra
             c = torch.fft.ifft(c, norm="forward")
-            _read_real(c, _as_tokens(dtaps[part], 0, last, centre), None)
+            _read_real(c, _as_tokens(dtaps[part], 0, last, centre), Epilogue())
             if first < 0:  # -i c[n - p] is the sum at lag -p
                 turn = torch.arange(n + first, n, device=x.device) * (-math.pi / 2 / n)
                 behind = c[:, 0, n + first :] * torch.polar(torch.ones_like(turn), turn)
@@ -107,8 +143,13 @@ def backward(
         else:
             g.mul_(h.conj())
         if want_x:
-            _from_spectrum(g, dx[..., part], None)
-    return dx, dtaps
+            _from_spectrum(g, dx[..., part], Epilogue())
+    return dx, dtaps, dbias if sums is None else sums.sum(0)
+
+
+def _sums_of(dy: Tensor, tiles: int) -> Tensor:
+    """Room for the sums over a tile's tokens, a row for each tile of each sequence."""
+    return torch.empty(dy.shape[0] * tiles, dy.shape[2], dtype=torch.float32, device=dy.device)
 
 
 def _algorithm(x: Tensor, cu_seqlens: Tensor | None, first: int, last: int, backward: bool, how: str | None) -> str:
@@ -145,23 +186,34 @@ def places_of(cu_seqlens: Tensor | None, tokens: int, M: int) -> Tensor | None:
     return torch.cat([*(torch.where(left > 0, row, 0) for row in rows), count.max()[None]])
 
 
-def to_chunks(x: Tensor, M: int, places: Tensor | None = None) -> Chunks:
-    """x `[B, T, D]` in chunks of M tokens, zero behind the last token; a view where x lies so already."""
+def _slots(tokens: int, M: int, places: Tensor | None) -> int:
+    return triton.cdiv(tokens, M) if places is None else places.shape[0] // 4
+
+
+def to_chunks(
+    x: Tensor, M: int, places: Tensor | None = None, u: Tensor | None = None, sums: Tensor | None = None
+) -> Chunks:
+    """x `[B, T, D]` in chunks of M tokens, zero behind the last token; a view where x lies so already.
+
+    u: x is a gradient behind SiLU(u), and taken back through it. sums: filled as `_sums_of` says."""
     batch, tokens, channels = x.shape
-    slots = triton.cdiv(tokens, M) if places is None else places.shape[0] // 4
-    if batch == 1 and tokens == slots * M and places is None and _reads_as_rows(x):
+    slots = _slots(tokens, M, places)
+    as_it_is = places is None and u is None and sums is None
+    if as_it_is and batch == 1 and tokens == slots * M and _reads_as_rows(x):
         return Chunks(x[0].t().unflatten(1, (slots, 1, M)), None)
     out = torch.empty(channels, slots, batch, M, dtype=x.dtype, device=x.device)
     grid, sizes = _tiles(x.shape, slots * M, TILE_T, TILE_D)
+    before = x if u is None else u
     kernels.to_chunks[grid](
-        x, out, x if places is None else places, slots, tokens, channels, *sizes, *x.stride(), out.stride(2),
-        out.stride(1), out.stride(0), M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
+        x, before, out, out if sums is None else sums, x if places is None else places, slots, tokens, channels, *sizes,
+        *x.stride(), *before.stride(), out.stride(2), out.stride(1), out.stride(0), M=M, PACKED=places is not None,
+        SILU=u is not None, SUM=sums is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return Chunks(out, places)
 
 
 def _toeplitz(
-    chunks: Chunks, taps: Tensor, bias: Tensor | None, first: int, last: int, centre: int, sign: int, like: Tensor
+    chunks: Chunks, taps: Tensor, end: Epilogue, first: int, last: int, centre: int, sign: int, like: Tensor
 ) -> Tensor:
     """The convolution, or with sign = -1 the one with time reversed taps, its transpose; laid out as `like`."""
     x, places = chunks
@@ -184,17 +236,20 @@ def _toeplitz(
     rows = (tokens + 7) // 8 * 8 if direct else slots * M
     y_b, y_i, y_d = (out.stride(0), M, out.stride(2)) if direct else (y.stride(2), y.stride(1), y.stride(0))
     tiles = triton.cdiv(slots * batch, blocks.columns)
+    last_pass = {"SILU": end.silu, "SAVE": end.u is not None}
+    here = last_pass if direct else {"SILU": False, "SAVE": False}
+    u = out if end.u is None else end.u
     kernels.toeplitz[(tiles * channels,)](
-        x, table, table if bias is None else bias, y, x if places is None else places, batch, slots, rows // 8, tiles,
-        low, high, P // 8, x.stride(0) // 8, y_b // 8, y_i // 8, y_d // 8,
-        M=M, N=blocks.columns, BK=step, BIAS=bias is not None, PACKED=places is not None, PRECISION=precision(x.dtype),
-        STAGES=blocks.stages, num_warps=blocks.warps,
+        x, table, table if end.bias is None else end.bias, y, u, x if places is None else places, batch, slots,
+        rows // 8, tiles, low, high, P // 8, x.stride(0) // 8, y_b // 8, y_i // 8, y_d // 8,
+        M=M, N=blocks.columns, BK=step, BIAS=end.bias is not None, PACKED=places is not None,
+        PRECISION=precision(x.dtype), STAGES=blocks.stages, num_warps=blocks.warps, **here,
     )  # fmt: skip
     if not direct:
         grid, sizes = _tiles(out.shape, slots * M, TILE_T, TILE_D)
         kernels.from_chunks[grid](
-            y, out, x if places is None else places, slots, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride(),
-            M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
+            y, out, u, x if places is None else places, slots, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride(),
+            M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4, **last_pass,
         )  # fmt: skip
     return out
 
@@ -244,29 +299,34 @@ def _as_tokens(taps: Tensor, first: int, last: int, centre: int) -> Tensor:
     return taps[:, centre + first : centre + last + 1].t()[None]
 
 
-def _spectrum(x: Tensor, first: int, last: int, n: int) -> Tensor:
-    """`[D, B, n]`, complex: the transform of x `[B, last - first + 1, D]` times w^p, p = first..last."""
+def _spectrum(x: Tensor, first: int, last: int, n: int, u: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
+    """`[D, B, n]`, complex: the transform of x `[B, last - first + 1, D]` times w^p, p = first..last.
+
+    u and sums as in `to_chunks`."""
     batch, _, channels = x.shape
     z = torch.empty(channels, batch, n, dtype=torch.complex64, device=x.device)
     pairs = torch.view_as_real(z)
     grid, sizes = _tiles(x.shape, n, TILE_T, TILE_D)
+    before, rows = x if u is None else u, pairs if sums is None else sums
     kernels.weigh[grid](
-        x, pairs, first, last, channels, n, *sizes, math.pi / 2 / n, *x.stride(), pairs.stride(1), pairs.stride(0),
-        TWO_SIDED=first < 0, BT=TILE_T, BD=TILE_D, num_warps=4,
+        x, before, pairs, rows, first, last, channels, n, *sizes, math.pi / 2 / n, *x.stride(), *before.stride(),
+        pairs.stride(1), pairs.stride(0), rows.stride(0), TWO_SIDED=first < 0, SILU=u is not None,
+        SUM=sums is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return torch.fft.fft(z)
 
 
-def _from_spectrum(spectrum: Tensor, y: Tensor, bias: Tensor | None) -> None:
-    _read_real(torch.fft.ifft(spectrum, norm="forward"), y, bias)
+def _from_spectrum(spectrum: Tensor, y: Tensor, end: Epilogue) -> None:
+    _read_real(torch.fft.ifft(spectrum, norm="forward"), y, end)
 
 
-def _read_real(z: Tensor, y: Tensor, bias: Tensor | None) -> None:
+def _read_real(z: Tensor, y: Tensor, end: Epilogue) -> None:
     """Fills y `[B, T, D]` from the unscaled inverse transform z `[D, B, n]`."""
     n = z.shape[2]
     pairs = torch.view_as_real(z)
     grid, sizes = _tiles(y.shape, y.shape[1], TILE_T, TILE_D)
     kernels.real_part[grid](
-        pairs, y, pairs if bias is None else bias, y.shape[1], y.shape[2], n, *sizes, math.pi / 2 / n, 1 / n,
-        pairs.stride(1), pairs.stride(0), *y.stride(), BIAS=bias is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
+        pairs, y, y if end.u is None else end.u, pairs if end.bias is None else end.bias, y.shape[1], y.shape[2], n,
+        *sizes, math.pi / 2 / n, 1 / n, pairs.stride(1), pairs.stride(0), *y.stride(), **end.options(), BT=TILE_T,
+        BD=TILE_D, num_warps=4,
     )  # fmt: skip

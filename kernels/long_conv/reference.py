@@ -71,14 +71,16 @@ def fast_length(points: int) -> int:
     return min(n for n in (power, power // 4 * 3, power // 8 * 5) if n >= points)
 
 
-def long_conv_reference(x: Tensor, taps: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
-    """`direct` for short sequences and `fft` for long ones; fp32 inside (fp64 for fp64), x's dtype outside."""
+def long_conv_reference(x: Tensor, taps: Tensor, bias: Tensor | None, *, causal: bool, silu: bool = False) -> Tensor:
+    """`direct` for short sequences, `fft` for long ones, and SiLU; fp32 inside (fp64 for fp64), x's dtype outside."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     form = direct if x.shape[1] <= DIRECT_MAX_TOKENS else fft
     with without_autocast(x):
         y = form(x.to(inner), taps.to(inner), causal=causal)
         if bias is not None:
             y = y + bias.to(inner)
+        if silu:
+            y = torch.nn.functional.silu(y)
     return y.to(x.dtype)
 
 

@@ -57,6 +57,12 @@ def shifted_taps(taps, table, centre, first_lag, last_lag, zero, P, taps_d, taps
 
 
 @triton.jit
+def _silu_gradient(u):
+    gate = 1 / (1 + tl.exp(-u))
+    return gate * (1 + u * (1 - gate))
+
+
+@triton.jit
 def _tile(t_tiles, d_tiles, BT: tl.constexpr, BD: tl.constexpr):
     """This program's first place, channels and sequence."""
     pid = tl.program_id(0)
@@ -78,29 +84,43 @@ def _token(t, places, slots, T, M: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots", "t_tiles", "d_tiles"])
-def to_chunks(x, out, places, slots, T, D, t_tiles, d_tiles, x_b, x_t, x_d, out_b, out_i, out_d, M: tl.constexpr,
-              PACKED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """`[B, T, D]` to `[D, slots, B, M]`, zero behind the last token of a sequence."""
+def to_chunks(x, u, out, sums, places, slots, T, D, t_tiles, d_tiles, x_b, x_t, x_d, u_b, u_t, u_d, out_b, out_i, out_d,
+              M: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, BT: tl.constexpr,
+              BD: tl.constexpr):  # fmt: skip
+    """`[B, T, D]` to `[D, slots, B, M]`, zero behind the last token of a sequence. SILU: x is the gradient behind
+    SiLU(u); SUM: each tile's sum over its tokens, `[B t_tiles, D]`."""
     t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
     held = (d < D)[None, :]
     token, live = _token(t, places, slots, T, M, PACKED)
     value = tl.load(x + b * x_b + token[:, None] * x_t + d[None, :] * x_d, live[:, None] & held, other=0.0)
+    if SILU:
+        before = tl.load(u + b * u_b + token[:, None] * u_t + d[None, :] * u_d, live[:, None] & held, other=0.0)
+        value = value.to(tl.float32) * _silu_gradient(before.to(tl.float32))
+    if SUM:
+        tl.store(sums + (b * t_tiles + t0 // BT) * D + d, tl.sum(value.to(tl.float32), 0), d < D)
     at = out + b * out_b + (t // M).to(tl.int64)[:, None] * out_i + (t % M)[:, None] + d[None, :] * out_d
     tl.store(at, value.to(out.dtype.element_ty), (t < slots * M)[:, None] & held)
 
 
 @triton.jit(do_not_specialize=["slots", "T", "t_tiles", "d_tiles"])
-def from_chunks(y, out, places, slots, T, D, t_tiles, d_tiles, y_b, y_i, y_d, out_b, out_t, out_d, M: tl.constexpr,
-                PACKED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """The way back."""
+def from_chunks(y, out, u, places, slots, T, D, t_tiles, d_tiles, y_b, y_i, y_d, out_b, out_t, out_d, M: tl.constexpr,
+                PACKED: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, BT: tl.constexpr,
+                BD: tl.constexpr):  # fmt: skip
+    """The way back, under SiLU if asked for; SAVE: also what it was taken of, laid out as `out`."""
     t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
     held = (d < D)[None, :]
     at = y + b * y_b + (t // M).to(tl.int64)[:, None] * y_i + (t % M)[:, None] + d[None, :] * y_d
-    value = tl.load(at, (t < slots * M)[:, None] & held, other=0.0).to(out.dtype.element_ty)
+    value = tl.load(at, (t < slots * M)[:, None] & held, other=0.0)
     token, live = _token(t, places, slots, T, M, PACKED)
-    tl.store(out + b * out_b + token[:, None] * out_t + d[None, :] * out_d, value, live[:, None] & held)
+    at = b * out_b + token[:, None] * out_t + d[None, :] * out_d
+    if SILU:
+        if SAVE:
+            tl.store(u + at, value.to(out.dtype.element_ty), live[:, None] & held)
+        value = value.to(tl.float32)
+        value = value / (1 + tl.exp(-value))
+    tl.store(out + at, value.to(out.dtype.element_ty), live[:, None] & held)
 
 
 @triton.jit
@@ -111,13 +131,14 @@ def _rows(x, n, k, within, count, at, M: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "rows8", "tiles", "low", "high", "P8", "x_d8", "y_b8", "y_i8", "y_d8"])
-def toeplitz(x, table, bias, y, places, B, chunks, rows8, tiles, low, high, P8, x_d8, y_b8, y_i8, y_d8,
+def toeplitz(x, table, bias, y, u, places, B, chunks, rows8, tiles, low, high, P8, x_d8, y_b8, y_i8, y_d8,
              M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
-             PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+             SILU: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """N columns of one channel's Y, plus bias. A step is BK tokens; `low..high` are the steps that meet any tap.
 
     x lies in chunks; y at strides (y_b, y_i, 1) of (sequence, chunk, token), with room for 8 * rows8 tokens. Strides
-    come divided by 8, so that accesses are known to be aligned without a compilation for each shape."""
+    come divided by 8, so that accesses are known to be aligned without a compilation for each shape. SILU and SAVE as
+    in `from_chunks`."""
     K: tl.constexpr = M // BK
     pid = tl.program_id(0)
     n0 = (tiles - 1 - pid % tiles) * N  # causal: the longest sums first
@@ -147,8 +168,13 @@ def toeplitz(x, table, bias, y, places, B, chunks, rows8, tiles, low, high, P8, 
     if BIAS:
         acc += tl.load(bias + d).to(tl.float32)
     i, b = n // B, n % B
-    at = y + d * (y_d8 * 8) + b.to(tl.int64) * (y_b8 * 8) + i.to(tl.int64) * (y_i8 * 8)
-    tl.store(at[None, :] + r[:, None], acc.to(y.dtype.element_ty), (i * M)[None, :] + r[:, None] < rows8 * 8)
+    at = (d * (y_d8 * 8) + b.to(tl.int64) * (y_b8 * 8) + i.to(tl.int64) * (y_i8 * 8))[None, :] + r[:, None]
+    held = (i * M)[None, :] + r[:, None] < rows8 * 8
+    if SILU:
+        if SAVE:
+            tl.store(u + at, acc.to(y.dtype.element_ty), held)
+        acc = acc / (1 + tl.exp(-acc))
+    tl.store(y + at, acc.to(y.dtype.element_ty), held)
 
 
 @triton.jit
@@ -220,15 +246,22 @@ def sum_diagonals(part, out, blocks, low, centre, first_lag, last_lag, L, M: tl.
 
 
 @triton.jit(do_not_specialize=["first", "last", "t_tiles", "d_tiles"])
-def weigh(x, z, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x_d, z_b, z_d, TWO_SIDED: tl.constexpr,
-          BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """z[d, b, p mod n] += x[b, p - first, d] e^(i angle p), p = first..last, with angle n = pi / 2; |p| < n."""
+def weigh(x, u, z, sums, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x_d, u_b, u_t, u_d, z_b, z_d, sums_t,
+          TWO_SIDED: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, BT: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """z[d, b, p mod n] += x[b, p - first, d] e^(i angle p), p = first..last, with angle n = pi / 2; |p| < n.
+    SILU and SUM as in `to_chunks`, of one-sided x; rows of sums are `sums_t` apart."""
     t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
     row = x + b * x_b + d[None, :] * x_d
     held = (d < D)[None, :]
     at = row + (t - first).to(tl.int64)[:, None] * x_t
     ahead = tl.load(at, (t <= last)[:, None] & held, other=0.0).to(tl.float32)
+    if SILU:
+        at = u + b * u_b + d[None, :] * u_d + t.to(tl.int64)[:, None] * u_t
+        ahead *= _silu_gradient(tl.load(at, (t <= last)[:, None] & held, other=0.0).to(tl.float32))
+    if SUM:
+        tl.store(sums + (b * t_tiles + t0 // BT) * sums_t + d, tl.sum(ahead, 0), d < D)
     turn = t.to(tl.float32) * angle
     cos, sin = tl.cos(turn)[:, None], tl.sin(turn)[:, None]
     real, imaginary = ahead * cos, ahead * sin
@@ -242,9 +275,9 @@ def weigh(x, z, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x_d, z_b, 
 
 
 @triton.jit(do_not_specialize=["T", "t_tiles", "d_tiles"])
-def real_part(z, y, bias, T, D, n, t_tiles, d_tiles, angle, factor, z_b, z_d, y_b, y_t, y_d, BIAS: tl.constexpr,
-              BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """y[b, t, d] = factor Re(e^(-i angle t) z[d, b, t]) + bias[d]."""
+def real_part(z, y, u, bias, T, D, n, t_tiles, d_tiles, angle, factor, z_b, z_d, y_b, y_t, y_d, BIAS: tl.constexpr,
+              SILU: tl.constexpr, SAVE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """y[b, t, d] = factor Re(e^(-i angle t) z[d, b, t]) + bias[d]; SILU and SAVE as in `from_chunks`."""
     t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
     p = t0 * 2 + tl.arange(0, 2 * BT)
@@ -255,8 +288,13 @@ def real_part(z, y, bias, T, D, n, t_tiles, d_tiles, angle, factor, z_b, z_d, y_
     value = factor * (real * tl.cos(turn)[:, None] + imaginary * tl.sin(turn)[:, None])
     if BIAS:
         value += tl.load(bias + d, d < D, other=0.0).to(tl.float32)[None, :]
-    at = y + b * y_b + t.to(tl.int64)[:, None] * y_t + d[None, :] * y_d
-    tl.store(at, value.to(y.dtype.element_ty), (t < T)[:, None] & (d < D)[None, :])
+    at = b * y_b + t.to(tl.int64)[:, None] * y_t + d[None, :] * y_d
+    held = (t < T)[:, None] & (d < D)[None, :]
+    if SILU:
+        if SAVE:
+            tl.store(u + at, value.to(y.dtype.element_ty), held)
+        value = value / (1 + tl.exp(-value))
+    tl.store(y + at, value.to(y.dtype.element_ty), held)
 
 
 @triton.jit(do_not_specialize=["B", "n"])

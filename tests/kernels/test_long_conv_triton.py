@@ -84,11 +84,31 @@ SHAPES = [(1, 1, 1, 1), (1, 1, 2, 5), (2, 37, 3, 37), (3, 50, 2, 100), (1, 170, 
 def test_kernels_equal_the_sum_with_all_gradients(launch, how, causal, batch, tokens, channels, taps):
     x, h, bias, dy = case(batch, tokens, channels, taps, causal)
     y = launch.forward(x, h, bias, None, causal, how)
-    dx, dh = launch.backward(dy, x, h, None, causal, True, True, how)
+    gradients = launch.backward(dy, x, h, None, causal, True, True, how, want_bias=True)
     wanted = expected(x, h, bias, dy, causal)
-    for found, value in zip((y, dx, dh), wanted, strict=False):
+    for found, value in zip((y, *gradients), wanted, strict=True):
         # Relative to the largest entry as well: with one token a sum may cancel to almost nothing.
         assert error(found, value) < TOLERANCE[torch.float32] * (1 + float(bias.abs().max() / value.norm()))
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["toeplitz", "fft"])
+@pytest.mark.parametrize("layout", ["[B, T, D]", "time first", "packed"])
+def test_silu_rides_along_with_all_gradients(launch, how, layout, monkeypatch):
+    monkeypatch.setattr(launch, "algorithm", lambda *_, **__: how)
+    x, h, bias, dy = case(1 if layout == "packed" else 3, 72, 5, 60, True)
+    if layout == "time first":
+        x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    cuts = torch.tensor([0, 10, 72]) if layout == "packed" else None
+    leaves = [t.requires_grad_() for t in (x, h, bias)]
+    y = long_conv(*leaves, silu=True, cu_seqlens=cuts)
+    found = (y, *torch.autograd.grad(y, leaves, dy))
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    wide = torch.nn.functional.silu(long_conv(*doubles, cu_seqlens=cuts))  # fp64 runs by the definition
+    for got, value in zip(found, (wide.detach(), *torch.autograd.grad(wide, doubles, dy.double())), strict=True):
+        assert error(got, value) < TOLERANCE[torch.float32]
+    with torch.no_grad():
+        assert torch.equal(long_conv(*leaves, silu=True, cu_seqlens=cuts), y)
 
 
 @interpreted
@@ -117,9 +137,9 @@ def test_any_memory_order_goes_in_and_time_first_comes_out_as_it_went_in(launch,
     y = launch.forward(time_first, h, bias, None, True, how)
     assert torch.equal(y, plain)
     assert y.stride(1) == 1
-    dx, dh = launch.backward(dy, time_first, h, None, True, True, True, how)
-    assert dx.stride() == y.stride()
-    for found, wanted in zip((dx, dh), launch.backward(dy, x, h, None, True, True, True, how), strict=True):
+    gradients = launch.backward(dy, time_first, h, None, True, True, True, how)
+    assert gradients[0].stride() == y.stride()
+    for found, wanted in zip(gradients, launch.backward(dy, x, h, None, True, True, True, how), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -161,8 +181,8 @@ def test_an_fft_in_slabs_of_channels_is_the_same(launch, causal, monkeypatch):
 def test_gradients_that_nobody_wants_are_not_computed(launch):
     x, h, _, dy = case(1, 20, 2, 20, True)
     for how in ("toeplitz", "fft"):
-        dx, dh = launch.backward(dy, x, h, None, True, True, False, how)
-        assert dh.numel() == 0
+        dx, dh, dbias = launch.backward(dy, x, h, None, True, True, False, how)
+        assert dh.numel() == dbias.numel() == 0
         torch.testing.assert_close(dx, launch.backward(dy, x, h, None, True, True, True, how)[0])
         assert launch.backward(dy, x, h, None, True, False, True, how)[0].numel() == 0
 
@@ -209,9 +229,10 @@ def test_any_shape_equals_the_sum(data):
     sizes = [draw(st.integers(1, high)) for high in (4, 150, 3, 200)]
     x, h, bias, dy = case(*sizes, causal, seed=draw(st.integers(0, 99)))
     wanted = expected(x, h, bias, dy, causal)
-    found = (launch.forward(x, h, bias, None, causal, how), *launch.backward(dy, x, h, None, causal, True, True, how))
+    gradients = launch.backward(dy, x, h, None, causal, True, True, how, want_bias=True)
+    found = (launch.forward(x, h, bias, None, causal, how), *gradients)
     scale = max(float(x.norm()) * float(h.norm()), 1.0)
-    for got, value in zip(found, wanted, strict=False):
+    for got, value in zip(found, wanted, strict=True):
         assert float((got.double() - value).norm()) < TOLERANCE[torch.float32] * max(scale, float(value.norm()))
 
 
@@ -224,12 +245,14 @@ def test_operators_pass_opcheck(causal, time_first):
     if time_first:
         x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     leaves = [t.requires_grad_() for t in (x, h, bias)]
-    torch.library.opcheck(ops.forward_op, (*leaves, None, causal))
+    torch.library.opcheck(ops.forward_op, (*leaves, None, causal, False, True))
     if not time_first:
-        torch.library.opcheck(ops.forward_op, (leaves[0][:1], *leaves[1:], torch.tensor([0, 4, 10]), causal))
-    torch.library.opcheck(ops.forward_op, (*leaves[:2], None, None, causal))
-    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), bias.detach(), None, causal, True, True))
-    torch.library.opcheck(ops.backward_op, (dy, x.detach(), h.detach(), None, None, causal, False, True))
+        packed = (leaves[0][:1], *leaves[1:], torch.tensor([0, 4, 10]), causal, False, True)
+        torch.library.opcheck(ops.forward_op, packed)
+    torch.library.opcheck(ops.forward_op, (*leaves[:2], None, None, causal, True, True))
+    x, h, bias = (t.detach() for t in leaves)
+    torch.library.opcheck(ops.backward_op, (dy, x, x, h, bias, None, causal, True, True, True))
+    torch.library.opcheck(ops.backward_op, (dy, x, x.new_empty(0), h, None, None, causal, False, False, True))
 
 
 @interpreted
