@@ -223,11 +223,12 @@ def without_search() -> None:
     autotuner.Autotuner.run = run_one
 
 
-def outputs(op: Op, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output and the gradient of every input, for one fixed dO."""
+def outputs(op: Op, x: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The output and the gradient of every input, for one fixed dO; dtype: what dO is rounded to, that of o if None."""
     live = {name: value.detach().clone().requires_grad_() for name, value in x.items()}
     o = op(**live)
-    do = torch.randn(o.shape, generator=torch.Generator(o.device).manual_seed(1), device=o.device).to(o.dtype)
+    do = torch.randn(o.shape, generator=torch.Generator(o.device).manual_seed(1), device=o.device)
+    do = do.to(dtype or o.dtype).to(o.dtype)
     names = [name for name in live if o.requires_grad]
     gradients = torch.autograd.grad(o, [live[n] for n in names], do, allow_unused=True) if names else ()
     found = {"o": o.detach()}
@@ -267,7 +268,7 @@ def rows(device: str, time: int, save: Callable[[dict], None]) -> None:
                 row |= {"dtype": name, "T": short, "errors": {}}
                 try:
                     with using("reference"):
-                        wanted = outputs(case.ours, {n: value.double() for n, value in x.items()})
+                        wanted = outputs(case.ours, {n: value.double() for n, value in x.items()}, dtype)
                     ours = ["default", "reference"] if device == "cuda" else ["default"]
                     for who in ours:
                         with using(who):
