@@ -22,6 +22,7 @@ from chela_plugin.kernels.backend import backend
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import MAX_WIDTH, linear_attention, linear_attention_step
 
+from .fused import FusedAttention, Shape, fusible
 from .initial import reset_projections
 from .long_kernel import decay_init, no_weight_decay, precise
 from .mixer import Cache, Mixer
@@ -182,11 +183,29 @@ class Chela(Mixer):
         if mask is not None:
             x = x * mask[..., None]  # v is then 0 there too: SiLU(0 Wv) = 0
         z = self.conv(x, mask=mask, cache=cache, grid=grid, silu=True)
+        if cache is None and self.fuses(x, z):
+            return self.fused(x, z)
         seen = z if self.qk_from == "z" else x
         q = feature_map(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         k = feature_map(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
         return self.joined(self.attend(q, k, v, self.log_decay(x), mask, cache), v, z, x)
+
+    def fuses(self, x: Tensor, z: Tensor) -> bool:
+        """Whether what follows the convolution runs as one node (`fused.py`), which knows the defaults alone."""
+        if self.phi != "silu" or self.qk_from != "z" or self.decay not in ("data", "none") or self.u is not None:
+            return False
+        if self.g is None or self.skip is None or (self.key_dim * x.element_size()) % 16 or x.dtype != z.dtype:
+            return False
+        linears = (self.q, self.k, self.g, self.v, self.proj, *((self.dt,) if self.decay == "data" else ()))
+        return (self.value_dim * x.element_size()) % 16 == 0 and fusible(x, linears, self.head_norm, self.skip)
+
+    def fused(self, x: Tensor, z: Tensor) -> Tensor:
+        assert self.g is not None
+        dt, bias = (self.dt.weight, self.dt.bias) if self.decay == "data" else (None, None)
+        tensors = (self.q.weight, self.k.weight, self.g.weight, self.v.weight, dt, bias, self.head_norm, self.skip)
+        shape = Shape(self.num_heads, self.key_dim, self.value_dim, self.causal)
+        return FusedAttention.apply(x, z, *tensors, self.proj.weight, shape, torch.is_grad_enabled())
 
     def joined(self, o: Tensor, v: Tensor, z: Tensor, x: Tensor) -> Tensor:
         """What follows the attention: skip, norm, gate, output projection, update gate. o, v `[B, T, H, V]`."""

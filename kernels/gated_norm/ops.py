@@ -52,9 +52,21 @@ def forward(
 
 
 def backward(
-    dy: Tensor, o: Tensor, v: Tensor | None, skip: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
+    dy: Tensor,
+    o: Tensor,
+    v: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    dgate: Tensor | None = None,
+    with_dv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of o, v, skip, weight and gate."""
+    """Gradients of o, v, skip, weight and gate.
+
+    dgate: where the gate's is to be written, rows `[B T, H V]` of o's dtype. with_dv: False leaves out v's, which is
+    skip times o's.
+    """
     heads, width = weight.shape
     o_rows, stride_o = rows_of(_computed(o), heads * width)
     dy_rows, stride_dy = rows_of(_computed(dy), heads * width)
@@ -66,15 +78,17 @@ def backward(
     blocks = max(1, -(-all_blocks * heads // PROGRAMS))
     programs = -(-all_blocks // blocks)
     do = torch.empty(o.shape, dtype=o_rows.dtype, device=o.device)
-    dv = o.new_empty(0) if v is None or skip is None else torch.empty_like(do)
-    dgate = o.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=o_rows.dtype, device=o.device)
+    dv = o.new_empty(0) if v is None or skip is None or not with_dv else torch.empty_like(do)
+    if dgate is None:
+        dgate = o.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=o_rows.dtype, device=o.device)
     dweight = torch.empty(programs, heads, width, dtype=torch.float32, device=o.device)
     dskip = torch.empty(programs, heads, dtype=torch.float32, device=o.device)
     with ready_for(o):
         kernels.backward[(programs, heads)](
             dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do, dv, dgate, dweight, dskip,
-            rows, stride_dy, stride_o, stride_v, stride_g, eps, blocks,
-            V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=8,
+            rows, stride_dy, stride_o, stride_v, stride_g, dgate.stride(-2) if gate is not None else 0, eps, blocks,
+            V=width, H=heads, SKIP=skip is not None, DV=with_dv, GATE=gate is not None, BR=block, BV=columns,
+            num_warps=8,
         )  # fmt: skip
     dskip = o.new_empty(0) if skip is None else dskip.sum(0).to(skip.dtype)
     return do.to(o.dtype), dv.to(o.dtype), dskip, dweight.sum(0).to(weight.dtype), dgate.to(o.dtype)

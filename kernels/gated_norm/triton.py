@@ -40,8 +40,8 @@ def forward(
 
 @triton.jit
 def backward(
-    dy, o, v, skip, weight, gate, do, dv, dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g, eps,
-    blocks, V: tl.constexpr, H: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr,
+    dy, o, v, skip, weight, gate, do, dv, dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g,
+    stride_dg, eps, blocks, V: tl.constexpr, H: tl.constexpr, SKIP: tl.constexpr, DV: tl.constexpr, GATE: tl.constexpr,
     BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Program (i, h) walks `blocks` blocks of BR rows; dweight `[programs, H, V]` and dskip `[programs, H]` partial."""
@@ -68,14 +68,15 @@ def backward(
             z = tl.load(gate + row[:, None] * stride_g + at, mask=there, other=0.0).to(tl.float32)
             s = tl.sigmoid(z)
             dz = p * u * r * w[None, :] * (s + z * s * (1 - s))
-            tl.store(dgate + row[:, None] * (H * V) + at, dz, mask=there)
+            tl.store(dgate + row[:, None] * stride_dg + at, dz, mask=there)
             p *= z * s
         sum_w += tl.sum(p * u * r, axis=0)
         p *= w[None, :]
         du = r * (p - u * (r * r * (tl.sum(p * u, axis=1) / V)[:, None]))
         tl.store(do + row[:, None] * (H * V) + at, du, mask=there)
         if SKIP:
-            tl.store(dv + row[:, None] * (H * V) + at, d * du, mask=there)
+            if DV:
+                tl.store(dv + row[:, None] * (H * V) + at, d * du, mask=there)
             sum_d += tl.sum(du * value, axis=1)
     tl.store(dweight + (tl.program_id(0) * H + h) * V + column, sum_w, mask=column < V)
     if SKIP:

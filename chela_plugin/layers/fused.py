@@ -1,0 +1,138 @@
+"""CHELA behind its convolution as one node of autograd: the eager path on a GPU, with its defaults.
+
+The composed form (`chela.py`) is the definition. There every projection, activation and sum is a node and a pass of its
+own; at width 1,024 and 32,768 tokens the host then takes twice as long to launch a layer as the device to run it. Here:
+
+    [q' k' g] = Z [Wq Wk Wg]'        [v' t'] = X [Wv Wt]'         two products
+    q, k, v = SiLU(q', k', v'), log_decay = -softplus(t' + b)     one pass (kernels/qkv_activation)
+    O = attention(q, k, v, log_decay)
+    Y = (RMSNorm_head(O + d v) * SiLU(g)) Wo'                     one pass (kernels/gated_norm) and a product
+
+and backward the gradients of [q' k' g] and [v' t'] are written into one buffer each, so that Z and X get theirs from one
+product each instead of sums of several. Kernels are called as functions: what torch would ask of an operator
+(a fake, a gradient) only this node needs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from chela_plugin.kernels.backend import backend, multiplied_as, traced
+
+EPS = 1e-5  # of the norm, as `gated_norm` has it
+
+
+class Shape(NamedTuple):
+    """What is no tensor."""
+
+    heads: int
+    keys: int
+    values: int
+    causal: bool
+
+
+def fusible(x: Tensor, linears: tuple[nn.Module, ...], *parameters: Tensor) -> bool:
+    """Whether the node can stand for the modules: eager, Triton, plain linear layers without hooks, one dtype.
+
+    A hooked or replaced linear layer (an adapter, a parametrization, a tensor-parallel one) is called as a module.
+    """
+    if backend(x.device, x.dtype) != "triton" or traced(x) or not x.numel() or multiplied_as(x) != x.dtype:
+        return False
+    for linear in linears:
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return False
+        if linear._backward_hooks or linear._backward_pre_hooks or type(linear.weight) is not nn.Parameter:
+            return False
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return all(p.device == x.device for p in parameters) and (
+        autocast or all(linear.weight.dtype == x.dtype for linear in linears)
+    )
+
+
+class FusedAttention(torch.autograd.Function):
+    """`(x, z)` to the layer's output, both `[B, T, D]`; dt's weight and bias None without a decay."""
+
+    @staticmethod
+    def forward(ctx, x, z, q, k, g, v, dt, bias, head_norm, skip, proj, shape: Shape, learns: bool):
+        from chela_plugin.kernels.gated_norm import ops as norm
+        from chela_plugin.kernels.linear_attention import ops as attention
+        from chela_plugin.kernels.qkv_activation import launch as activation
+
+        batch, time, dim = x.shape
+        heads, keys, values, causal = shape
+        with torch.autocast(x.device.type, enabled=False):
+            x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
+            from_z = z_rows @ joined(x.dtype, q, k, g).T
+            from_x = x_rows @ joined(x.dtype, v, dt, multiple=16 // x.element_size()).T
+            q_heads, k_heads, v_heads, log_decay = activation.activate(from_z, from_x, bias, heads, keys, values)
+            rows = (batch, time, heads)
+            q_heads, k_heads, v_heads = (h.view(*rows, h.shape[-1]) for h in (q_heads, k_heads, v_heads))
+            log_decay = None if log_decay is None else log_decay.view(rows)
+            o, state, saved = attention.forward(
+                q_heads, k_heads, v_heads, log_decay, None, None, None, keys**-0.5, causal, False, learns
+            )
+            gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
+            y = norm.forward(o, v_heads, skip, head_norm, gate, EPS)
+            out = y.view(-1, heads * values) @ proj.to(x.dtype).T
+        if learns:
+            ctx.shape = shape
+            tensors = (q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o, y)
+            ctx.save_for_backward(x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors)
+        return out.view(batch, time, -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        from chela_plugin.kernels.gated_norm import ops as norm
+        from chela_plugin.kernels.linear_attention import ops as attention
+        from chela_plugin.kernels.qkv_activation import launch as activation
+
+        x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors = ctx.saved_tensors
+        q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o, y = tensors
+        heads, keys, values, causal = ctx.shape
+        batch, time, dim = x.shape
+        x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
+        with torch.autocast(x.device.type, enabled=False):
+            dout = dout.to(x.dtype).reshape(-1, dout.shape[-1])
+            dproj = dout.T @ y.view(-1, heads * values)
+            dy = (dout @ proj.to(x.dtype)).view(y.shape)
+            dfrom_z, dfrom_x = torch.empty_like(from_z), torch.empty_like(from_x)
+            gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
+            do, _, dskip, dhead_norm, _ = norm.backward(
+                dy, o, v_heads, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], with_dv=False
+            )
+            dq, dk, dv, dlog_decay, _ = attention.backward(
+                q_heads, k_heads, v_heads, log_decay, None, None, None, state, saved, do, None, keys**-0.5, causal
+            )
+            dbias = activation.gradient(dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x)
+            dz = (dfrom_z @ joined(x.dtype, q, k, g)).view(z.shape)
+            dx = (dfrom_x @ joined(x.dtype, v, dt, multiple=16 // x.element_size())).view(x.shape)
+            dq_weight, dk_weight, dg_weight = (dfrom_z.T @ z_rows).split([len(q), len(k), len(g)])
+            dv_weight, ddt_weight = (dfrom_x.T @ x_rows).split([len(v), from_x.shape[1] - len(v)])
+        return (
+            dx,
+            dz,
+            dq_weight.to(q.dtype),
+            dk_weight.to(k.dtype),
+            dg_weight.to(g.dtype),
+            dv_weight.to(v.dtype),
+            None if dt is None else ddt_weight[: len(dt)].to(dt.dtype),
+            None if bias is None or dbias is None else dbias.to(bias.dtype),
+            dhead_norm,
+            dskip,
+            dproj.to(proj.dtype),
+            None,
+            None,
+        )
+
+
+def joined(dtype: torch.dtype, *weights: Tensor | None, multiple: int = 1) -> Tensor:
+    """The weights below one another, `[rows, D]`, with rows of zeros up to a multiple."""
+    there = [w for w in weights if w is not None]
+    rows = sum(len(w) for w in there)
+    if rows % multiple:
+        there.append(there[0].new_zeros(-rows % multiple, there[0].shape[1]))
+    return (torch.cat(there) if len(there) > 1 else there[0]).to(dtype)
