@@ -80,6 +80,8 @@ def modal_conv(
     from . import ops_modal as ops
 
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs))
-    # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launches.
-    call = ops.forward_op if learns or traced(x) else ops.forward
-    return call(x, *inputs, cu_seqlens, silu, learns)[0]
+    if traced(x):
+        return ops.forward_op(x, *inputs, cu_seqlens, silu, learns)[0]
+    if learns:
+        return ops.Eager.apply(x, *inputs, cu_seqlens, silu)
+    return ops.forward(x, *inputs, cu_seqlens, silu, False)[0]
