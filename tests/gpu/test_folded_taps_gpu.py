@@ -7,6 +7,8 @@ from chela_plugin.kernels.folded_taps import folded_taps
 
 pytestmark = pytest.mark.gpu
 
+SIZES = [(1024, 16, 4096), (48, 3, 1001), (32, 32, 65536), (8, 1, 5)]
+
 
 def case(causal, channels, shared, widths=(3, 7), scales=8, sub_taps=16):
     torch.manual_seed(0)
@@ -22,7 +24,7 @@ def run(leaves, length, causal, dy):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("channels", "shared", "length"), [(1024, 16, 4096), (48, 3, 1001), (32, 32, 65536), (8, 1, 5)]
+    ("channels", "shared", "length"), SIZES
 )
 def test_kernels_equal_fp64_with_all_gradients(channels, shared, length, causal):
     leaves = case(causal, channels, shared)
