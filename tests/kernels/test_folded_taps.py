@@ -105,6 +105,9 @@ def test_the_operator_passes_opcheck(index):
     leaves = [t if t is None else t.requires_grad_() for t in (source, ratio_logit, factors)]
     arguments = (*leaves, [k.requires_grad_() for k in kernels], length, causal)
     torch.library.opcheck(ops.forward_op, arguments)
+    given = [t if t is None else t.detach() for t in (source, ratio_logit, factors)]
+    dtaps = torch.randn_like(ops.forward_op(*arguments))
+    torch.library.opcheck(ops.backward_op, (dtaps, *given, [k.detach() for k in kernels], length, causal))
 
 
 @by_definition
