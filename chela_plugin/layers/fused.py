@@ -8,9 +8,9 @@ own; at width 1,024 and 32,768 tokens the host then takes twice as long to launc
     O = attention(q, k, v, log_decay)
     Y = (RMSNorm_head(O + d v) * SiLU(g)) Wo'                     one pass (kernels/gated_norm) and a product
 
-and backward the gradients of [q' k' g] and [v' t'] are written into one buffer each, so that Z and X get theirs from one
-product each instead of sums of several. Kernels are called as functions: what torch would ask of an operator
-(a fake, a gradient) only this node needs.
+and backward the gradients of [q' k' g] and [v' t'] are written into one buffer each, so that Z and X get theirs from
+one product each instead of sums of several. Kernels are called as functions: what torch would ask of an operator (a
+fake, a gradient) only this node needs.
 """
 
 from __future__ import annotations
