@@ -17,9 +17,9 @@ from chela_plugin.layers import Chela
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the first test starts")
-# fp32 sums in two orders, relative to the whole; the decay's softplus in the kernel is log(1 + e), good to 1e-5 of a
-# slow decay.
-TOLERANCE = 1e-5
+# fp32 sums in two orders, relative to the whole. The decay's softplus in the kernel is log(1 + e), good to 1e-5 of a slow
+# decay, and the terms of the skip's gradient cancel to a hundredth: the norm behind it takes out its own direction.
+TOLERANCE = 1e-4
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
@@ -52,9 +52,9 @@ def outcome(mixer, x, dy):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dim": 32},
+        {"dim": 32},  # the columns of 2 decays are padded to 4
         {"dim": 96, "num_heads": 3, "decay": "none"},
-        {"dim": 40, "causal": False},  # 20 columns a head, 2 decays padded to 4
+        {"dim": 40, "causal": False},
     ],
 )
 def test_outputs_and_all_gradients_equal_the_composed_form(options, monkeypatch):
