@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from chela_plugin import create_mixer
 from chela_plugin.bench import peers
 from chela_plugin.bench.cases import Build, Case, Unavailable, Work
+from chela_plugin.bench.graphs import Captured
 from chela_plugin.bench.timing import MATMUL_RATE, Run
 
 # D, tokens, lengths; 4,096 comes first, so that a run that is cut off has the length most compared.
 SIZES = {"cuda": (1024, 32768, (4096, 2048, 1024, 8192, 32768)), "cpu": (64, 256, (64, 128))}
 OURS = (
     "chela",
-    "chela(long=modal)",
+    "chela(long=multiscale)",
     "chela(long=none)",
     "attention",
     "linear_attention",
@@ -36,12 +37,16 @@ PEERS: dict[str, Callable[[int, torch.device], nn.Module]] = {
     "flash SDPA, fused rotary, 16 heads": partial(peers.rotary_attention_layer, heads=16),
     "flash SDPA, fused rotary, 8 heads": partial(peers.rotary_attention_layer, heads=8),
 }
-PROFILED = ("chela", "chela(long=modal)", "fla GatedLinearAttention")
+PROFILED = ("chela", "chela(long=multiscale)", "fla GatedLinearAttention")
 PROFILED_AT = {"cuda": 4096, "cpu": 64}
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Fewer bytes can't be the floor of a layer: it is the products of 4 D^2 weights with every token."""
+    """Fewer bytes can't be the floor of a layer: it is the products of 4 D^2 weights with every token.
+
+    `forward_backward_graph` is the same as a CUDA graph: what the device takes where the host is no limit.
+    """
+    whats = ("forward", "forward_backward", "forward_backward_graph")[: 3 if device.type == "cuda" else 2]
     dim, tokens, lengths = SIZES[device.type]
     found = []
     for length in lengths:
@@ -52,10 +57,10 @@ def cases(device: torch.device) -> list[Case]:
         found.append(
             Case(
                 axes={"B": shape[0], "T": length, "D": dim},
-                whats=("forward", "forward_backward"),
+                whats=whats,
                 contenders=contenders,
-                units=dict.fromkeys(("forward", "forward_backward"), (tokens, "tokens")),
-                floor_ms={"forward": product_ms, "forward_backward": 3 * product_ms},
+                units=dict.fromkeys(whats, (tokens, "tokens")),
+                floor_ms={what: product_ms if what == "forward" else 3 * product_ms for what in whats},
                 profiled=PROFILED if length == PROFILED_AT[device.type] else (),
             )
         )
@@ -100,4 +105,7 @@ def runs(mixer: nn.Module, shape: tuple[int, int, int], device: torch.device) ->
     def forward_backward() -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(mixer(x), leaves, dy, allow_unused=True)
 
-    return {"forward": forward, "forward_backward": forward_backward}
+    def step() -> None:  # keeps nothing: the next graph takes the same memory
+        forward_backward()
+
+    return {"forward": forward, "forward_backward": forward_backward, "forward_backward_graph": Captured(step)}

@@ -6,6 +6,7 @@ final features through the output layer in chunks (fla's FusedLinearCrossEntropy
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from chela_plugin.bench import peers
 from chela_plugin.bench.cases import Build, Case, Unavailable, Work
+from chela_plugin.bench.graphs import Captured
 from chela_plugin.bench.layers import count, dtype_on
+from chela_plugin.bench.timing import Run
 from chela_plugin.harness.backbones import paths
 from chela_plugin.harness.extras import need
 
@@ -46,8 +49,8 @@ SIZES = {
     ),
     "cpu": Sizes(64, 2, 160, 256, 4, 256, (64, 128), ((1, 64), (4, 64)), 4),
 }
-OURS = ("chela", "chela(long=modal)", "attention", "mamba2(expand=1.25)", "gla", "gated_deltanet", "linear_attention")
-DECODING = ("chela(long=modal)", "chela", "attention", "gla")
+OURS = ("chela", "chela(long=multiscale)", "attention", "mamba2(expand=1.25)", "gla", "gated_deltanet")
+DECODING = ("chela", "attention", "gla")
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -57,15 +60,18 @@ def cases(device: torch.device) -> list[Case]:
         "fla Mamba2ForCausalLM on mamba_ssm kernels": mamba2_model,
         "transformers Llama, SDPA": llama_model,
     }
+    builders = {spec: partial(our_model, spec) for spec in OURS} | peer_models
+    # One model and optimizer for all lengths: their making takes longer than the steps.
+    trained = functools.cache(lambda name: to_train(builders[name], sizes, device))
     found = []
+    whats = ("train_step", "train_step_graph")[: 2 if device.type == "cuda" else 1]
     for length in sizes.lengths:
         shape = (sizes.tokens // length, length)
         contenders: dict[str, Build] = {
-            spec: partial(training, partial(our_model, spec), sizes, shape, device) for spec in OURS
+            name: partial(training, name, trained, sizes, shape, device) for name in builders
         }
-        contenders |= {name: partial(training, build, sizes, shape, device) for name, build in peer_models.items()}
         axes: dict[str, int | str] = {"B": shape[0], "T": length, "D": sizes.dim, "depth": sizes.depth}
-        found.append(Case(axes, ("train_step",), contenders, {"train_step": (sizes.tokens, "tokens")}))
+        found.append(Case(axes, whats, contenders, dict.fromkeys(whats, (sizes.tokens, "tokens"))))
     for batch, prompt in sizes.decoding:
         models: dict[str, Callable[[Sizes, torch.device], nn.Module]] = {
             spec: partial(our_model, spec) for spec in DECODING
@@ -166,16 +172,28 @@ def new(build: Callable[[Sizes, torch.device], nn.Module], sizes: Sizes, device:
 # Work -----------------------------------------------------------------------------------------------------------------
 
 
-def training(
-    build: Callable[[Sizes, torch.device], nn.Module], sizes: Sizes, shape: tuple[int, int], device: torch.device
-) -> Work:
+def to_train(
+    build: Callable[[Sizes, torch.device], nn.Module], sizes: Sizes, device: torch.device
+) -> tuple[Any, torch.optim.Optimizer]:
     model: Any = new(build, sizes, device)
     training_mode = {module: module.training for module in model.modules()}
     model.train()
     for module, was in training_mode.items():
         if type(module).__name__ == "Mamba2":
             module.train(was)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    cuda = device.type == "cuda"
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda, capturable=cuda)
+
+
+def training(
+    name: str,
+    trained: Callable[[str], tuple[Any, torch.optim.Optimizer]],
+    sizes: Sizes,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Work:
+    """`train_step`: forward, backward, optimizer; `train_step_graph` (on a GPU): the same as a CUDA graph."""
+    model, optimizer = trained(name)
     loss_of, loss_name = loss_code(device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(sizes.vocabulary, (shape[0], shape[1] + 1), generator=generator).to(device)
@@ -188,16 +206,17 @@ def training(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss.detach()
 
     first = train_step()
     if not bool(first.isfinite()):
         raise Unavailable(f"its loss is {float(first)} at the first step")
     state = [value for group in optimizer.state.values() for value in group.values() if isinstance(value, Tensor)]
     resident = sum(t.numel() * t.element_size() for t in [*model.parameters(), *state]) / 2**20
-    notes = {"loss_code": loss_name, "first_loss": round(float(first.detach()), 4)}
+    notes = {"loss_code": loss_name, "first_loss": round(float(first), 4)}
     path = paths(model, device) if "chela_plugin" in type(model).__module__ else "peer"
-    return Work({"train_step": train_step}, path, count(model), round(resident, 1), notes)
+    runs: dict[str, Run] = {"train_step": train_step, "train_step_graph": Captured(train_step)}
+    return Work(runs, path, count(model), round(resident, 1), notes)
 
 
 def loss_code(device: torch.device) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:

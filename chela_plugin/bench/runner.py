@@ -18,6 +18,7 @@ from rich.console import Console
 from chela_plugin.bench import profile, timing
 from chela_plugin.bench import record as files
 from chela_plugin.bench.cases import Case, Unavailable, Work, selected
+from chela_plugin.bench.graphs import Captured
 from chela_plugin.harness.progress import progress_for
 
 FEWEST_ROUNDS = 5
@@ -87,8 +88,16 @@ def run_case(
             with at_most(budget_s):
                 work = case.contenders[name]()
                 work.runs = {what: run for what, run in work.runs.items() if what in wanted}
-                for what, run in work.runs.items():
-                    run()  # compiles and searches
+                for what, run in list(work.runs.items()):
+                    try:
+                        run()  # compiles, searches, captures
+                    except Exception as error:
+                        if not isinstance(run, Captured):
+                            raise
+                        why = f"{type(error).__name__}: {_first_line(error)}"
+                        skipped.append({**case.axes, "name": name, "what": what, "reason": why})
+                        del work.runs[what]
+                        continue
                     timing.synchronize()
                     begin = time.perf_counter()
                     run()
@@ -96,7 +105,8 @@ def run_case(
                     estimates[name, what] = time.perf_counter() - begin
             first[name] = round(time.perf_counter() - start, 2)
             for what, run in work.runs.items():
-                peaks[name, what] = timing.peak_over_inputs(run) if device.type == "cuda" else None
+                allocates = device.type == "cuda" and not isinstance(run, Captured)
+                peaks[name, what] = timing.peak_over_inputs(run) if allocates else None
             works[name] = work
         except Unavailable as error:
             reason = str(error)

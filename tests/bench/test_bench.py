@@ -38,8 +38,8 @@ def bench(*words):
         ("operators", ["T=64"], {"linear_attention": 5, "long_conv": 2, "gated_norm": 3}),
         (
             "layers",
-            ["T=64 ", r"D=64 (chela|attention|chela\(long=modal\)|fla GatedLinearAttention) "],
-            {"chela": 2, "attention": 2, "chela(long=modal)": 2},
+            ["T=64 ", r"D=64 (chela|attention|chela\(long=multiscale\)|fla GatedLinearAttention) "],
+            {"chela": 2, "attention": 2, "chela(long=multiscale)": 2},
         ),
         ("lm", ["T=64|B=1 prompt", "depth=2 (chela|attention|fla GLAForCausalLM) "], {"chela": 3, "attention": 3}),
         (
@@ -67,7 +67,7 @@ def test_every_suite_runs_at_small_sizes(suite, filters, wanted, tmp_path):
         assert counted == wanted
     assert all("CUDA" in row["reason"] for row in record["skipped"] if row["name"].startswith("fla"))
     kernels = {row["name"] for row in record["profile"]}
-    assert kernels == ({"chela", "chela(long=modal)"} if suite == "layers" else set())
+    assert kernels == ({"chela", "chela(long=multiscale)"} if suite == "layers" else set())
     assert {"device", "versions", "revision", "source", "rounds"} <= record.keys()
 
 
