@@ -94,10 +94,10 @@ class ModalBlocks(NamedTuple):
 
 
 def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
-    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'forward' or 'backward'. All share one chunk."""
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'. All share one chunk."""
     if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
-        return ModalBlocks(64, 64, 8 if part == "backward" else 4, 1)
-    return ModalBlocks(64, 64, 8 if part == "backward" else 4, 2 if part == "ends" else 1)
+        return ModalBlocks(64, 64, 4 if part == "ends" else 8, 1)
+    return ModalBlocks(64, 64, 4, 2) if part == "ends" else ModalBlocks(64, 64, 8, 1)
 
 
 def modal_segment_size(batch: int, tokens: int, filters: int) -> int:

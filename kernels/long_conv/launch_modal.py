@@ -76,7 +76,7 @@ def plan_for(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> P
         left = length[owner] - before
         # A slot behind the last sequence is a sequence of no tokens.
         # Slots of a sequence start at begin / chunk + its number: as many as its chunks need, whatever the lengths.
-        chunk = modal_blocks_for(x.dtype, "forward").chunk
+        chunk = modal_blocks_for(x.dtype, "scan").chunk
         states = begin[owner] // chunk + owner + before // chunk
         places = torch.stack([torch.where(left > 0, row, 0) for row in (begin[owner] + before, before, left, states)])
         per_row = segments
@@ -108,8 +108,10 @@ class Matrices(NamedTuple):
     turn: Tensor
 
 
-def matrices(log_time: Tensor, frequency: Tensor, residue: Tensor, dtype: torch.dtype, plan: Plan, C: int) -> Matrices:
+def matrices(f: Filter, dtype: torch.dtype, plan: Plan) -> Matrices:
+    log_time, frequency, residue = (t.contiguous() for t in f[:3])
     groups, modes = log_time.shape
+    C = modal_blocks_for(dtype, "scan").chunk
     wide: Any = {"dtype": torch.float32, "device": log_time.device}
     made = Matrices(
         torch.empty(groups, C, **wide),
@@ -137,17 +139,15 @@ def _grid(blocks: ModalBlocks, plan: Plan) -> tuple[int]:
     return (plan.Q * triton.cdiv(plan.segments, blocks.columns // plan.channels),)
 
 
-def _starts(x: Tensor, u: Tensor | None, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
+def _starts(x: Tensor, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
     """The states that segments start from, or with `reverse` the adjoint ones that they end with."""
     blocks = modal_blocks_for(x.dtype, "ends")
     ends = torch.empty(plan.segments, plan.Q, plan.channels, plan.SP, dtype=torch.float32, device=x.device)
     starts = torch.empty_like(ends)
     places = x if plan.places is None else plan.places
-    other = x if u is None else u
     kernels.modal_ends[_grid(blocks, plan)](
-        x, other, ends, into, turn, places, *_common(x, plan), *x.stride(), *other.stride(), SILU=u is not None,
-        REVERSE=reverse, **_options(blocks, x, plan),
-    )  # fmt: skip
+        x, ends, into, turn, places, *_common(x, plan), *x.stride(), REVERSE=reverse, **_options(blocks, x, plan)
+    )
     rows = 1 if plan.places is not None else plan.rows
     kernels.modal_carry[(plan.Q * rows,)](
         ends, starts, turn, places, plan.Q, plan.segments, plan.per_row, plan.blocks, SP=plan.SP, CB=plan.channels,
@@ -156,26 +156,33 @@ def _starts(x: Tensor, u: Tensor | None, into: Tensor, turn: Tensor, plan: Plan,
     return starts
 
 
+def _scan(
+    x: Tensor, y: Tensor, u: Tensor, states: Tensor, m: Matrices, f: Filter, plan: Plan, *, silu: bool, save: bool,
+    reverse: bool = False,
+) -> None:  # fmt: skip
+    """Fills y, and with `save` u and states; with `reverse` the transpose of the filter, without bias and SiLU."""
+    blocks = modal_blocks_for(x.dtype, "scan")
+    into, out = (m.out, m.into) if reverse else (m.into, m.out)
+    starts = _starts(x, into, m.turn, plan, reverse) if plan.carries else None
+    kernels.modal_scan[_grid(blocks, plan)](
+        x, y, u, states, x if starts is None else starts, m.taps, into, out, m.turn,
+        *(x if t is None else t.contiguous() for t in (f.short, f.scale, f.bias)),
+        x if plan.places is None else plan.places, *_common(x, plan), *x.stride(), *y.stride(),
+        K=0 if f.short is None else f.short.shape[1], SCALE=f.scale is not None,
+        BIAS=f.bias is not None and not reverse, SILU=silu, SAVE=save, CARRY=starts is not None, REVERSE=reverse,
+        **_options(blocks, x, plan),
+    )  # fmt: skip
+
+
 def forward(x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, u, states)`; u is `[0]` unless saved with SiLU, states are unless saved."""
-    log_time, frequency, residue, short, scale, bias = f
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
-    plan = plan_for(x, log_time.shape[0], log_time.shape[1], cu_seqlens)
-    blocks = modal_blocks_for(x.dtype, "forward")
-    states = saved_states(x, log_time, cu_seqlens) if save else x.new_empty(0)
+    states = saved_states(x, f.log_time, cu_seqlens) if save else x.new_empty(0)
     if x.numel() == 0:
         return y, u, states
-    log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
-    m = matrices(log_time, frequency, residue, x.dtype, plan, blocks.chunk)
-    starts = _starts(x, None, m.into, m.turn, plan, False) if plan.carries else None
-    kernels.modal_forward[_grid(blocks, plan)](
-        x, y, u, states, x if starts is None else starts, *m,
-        *(x if t is None else t.contiguous() for t in (short, scale, bias)),
-        x if plan.places is None else plan.places, *_common(x, plan), *x.stride(), *y.stride(),
-        K=0 if short is None else short.shape[1], SCALE=scale is not None, BIAS=bias is not None, SILU=silu, SAVE=save,
-        CARRY=starts is not None, **_options(blocks, x, plan),
-    )  # fmt: skip
+    plan = plan_for(x, f.log_time.shape[0], f.log_time.shape[1], cu_seqlens)
+    _scan(x, y, u, states, matrices(f, x.dtype, plan), f, plan, silu=silu, save=save)
     return y, u, states
 
 
@@ -183,7 +190,7 @@ def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None) -> Tens
     """Room for the state at each chunk's start, in x's dtype. No branch on a size: a graph may leave T open."""
     batch, tokens, channels = x.shape
     groups, modes = log_time.shape
-    chunk = modal_blocks_for(x.dtype, "forward").chunk
+    chunk = modal_blocks_for(x.dtype, "scan").chunk
     slots = batch * triton.cdiv(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
     width, blocks = channels_of(groups, channels)
     return x.new_empty(slots, groups * blocks, width, state_places(modes))
@@ -207,23 +214,23 @@ def backward(
         poles = torch.zeros_like(log_time), torch.zeros_like(frequency), torch.zeros_like(residue)
         return dx, *poles, zeros[0], zeros[1], zeros[2]
     plan = plan_for(x, groups, modes, cu_seqlens)
-    blocks = modal_blocks_for(x.dtype, "backward")
-    log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
-    m = matrices(log_time, frequency, residue, x.dtype, plan, blocks.chunk)
-    before = u if silu else None
-    starts = _starts(dy, before, m.out, m.turn, plan, True) if plan.carries else None
+    m = matrices(f, x.dtype, plan)
+    # torch's own pass: the scan reads 14 rows for 8, and would take each back through SiLU twice.
+    du = torch.ops.aten.silu_backward(dy, u) if silu else dy
+    adjoints = torch.empty_like(states)
+    _scan(du, dx, dx, adjoints, m, f, plan, silu=False, save=True, reverse=True)
+    blocks = modal_blocks_for(x.dtype, "sums")
     grid = _grid(blocks, plan)
     wide: Any = {"dtype": torch.float32, "device": x.device}
     C, K = blocks.chunk, 0 if short is None else short.shape[1]
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
     channel = torch.empty((K + 2) * plan.segments, x.shape[2], **wide)
-    other = x if before is None else before
-    kernels.modal_backward[grid](
-        dy, x, other, states, x if starts is None else starts, dx, *m,
-        *(x if t is None else t.contiguous() for t in (short, scale)), x if plan.places is None else plan.places,
-        *shares, channel, *_common(x, plan), *dy.stride(), *x.stride(), *other.stride(), *dx.stride(), K=K,
-        SCALE=scale is not None, SILU=silu, CARRY=starts is not None, **_options(blocks, x, plan),
+    kernels.modal_sums[grid](
+        du, x, states, adjoints, m.taps, m.out, x if scale is None else scale.contiguous(),
+        x if plan.places is None else plan.places, *shares, channel, *_common(x, plan), *du.stride(), *x.stride(), K=K,
+        SCALE=scale is not None, BIAS=bias is not None, **_options(blocks, x, plan),
     )  # fmt: skip
+    log_time, frequency, residue = (t.contiguous() for t in f[:3])
     poles = torch.empty_like(log_time), torch.empty_like(frequency), torch.empty_like(residue)
     kernels.modal_gradient[(groups,)](
         *shares, log_time, frequency, residue, *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C, SP=plan.SP
