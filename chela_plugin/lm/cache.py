@@ -55,6 +55,11 @@ class ChelaCache(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """False for every block: what it keeps is not transformers' own layer of a linear attention."""
+        return [False] * len(self.layers)
+
+    @property
     def is_croppable(self) -> bool:
         return False
 

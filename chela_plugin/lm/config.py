@@ -35,7 +35,7 @@ class ChelaConfig(PreTrainedConfig):
     """
 
     model_type = "chela"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads a plain list here
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers reads a plain list here
 
     vocab_size: int = 32000
     hidden_size: int = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,16 @@ from chela_plugin.lm.cache import ChelaCache
 from chela_plugin.lm.config import ChelaConfig
 from chela_plugin.lm.hosting import fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import create_mixer
+
+# What outputs and `generate` call a cache: `cache` since transformers 5.24, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in (field.name for field in fields(CausalLMOutputWithPast)) else "past_key_values"
+
+
+def only_one(past_key_values: ChelaCache | None, cache: ChelaCache | None) -> ChelaCache | None:
+    """The cache of a call, under whichever of its two names it came."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; pass one")
+    return cache if past_key_values is None else past_key_values
 
 
 class SwiGLU(nn.Module):
@@ -140,6 +151,7 @@ class ChelaModel(ChelaPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: ChelaCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Token ids to features.
 
@@ -147,14 +159,16 @@ class ChelaModel(ChelaPreTrainedModel):
             input_ids: `[B, T]` integers; or `inputs_embeds` `[B, T, D]` instead.
             attention_mask: `[B, T]` or, with a cache, `[B, seen + T]`: nonzero where there is a token, padding on one
                 side of a row.
-            past_key_values: A `ChelaCache` of this model; the call continues behind the tokens that it has seen.
+            past_key_values, cache: A `ChelaCache` of this model, under its name before or since transformers 5.24; the
+                call continues behind the tokens that it has seen.
             use_cache: Return a cache. By default `config.use_cache` outside training, where every mixer can decode and
                 there is no mask or packing (a state can't go on behind padding). Never under gradient checkpointing.
             cu_seqlens: `[N + 1]` integers, 0 to T: sequences behind one another in a batch of 1. No cache, no mask.
             output_hidden_states: Also return the input of every block and the final features.
 
         Returns:
-            `last_hidden_state` `[B, T, D]`, `past_key_values`, `hidden_states`.
+            `last_hidden_state` `[B, T, D]`, `past_key_values` (`cache` since transformers 5.24, which reads both),
+            `hidden_states`.
 
         Raises ValueError for arguments that contradict each other, a mask that is not 2-D, a cache of another model,
         and `use_cache=True` where a mixer can't decode.
@@ -164,7 +178,7 @@ class ChelaModel(ChelaPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
         plain = attention_mask is None and cu_seqlens is None
-        cache = self._cache(past_key_values, use_cache, batch, x, plain)
+        cache = self._cache(only_one(past_key_values, cache), use_cache, batch, x, plain)
         mask = own_part(attention_mask, batch, length, 0 if cache is None else cache.seen)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = []
@@ -175,7 +189,7 @@ class ChelaModel(ChelaPreTrainedModel):
         if cache is not None:
             cache.seen += length
         all_hidden = (*hidden_states, x) if keep_all else None
-        out = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=all_hidden)
+        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_hidden, **{CACHE_NAME: cache})
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _cache(
@@ -236,6 +250,7 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cache: ChelaCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Token ids to logits and, with `labels`, the loss. Arguments as `ChelaModel.forward`, and:
 
@@ -250,7 +265,7 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=only_one(past_key_values, cache),
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
@@ -265,7 +280,10 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(starts[:-1].bool().to(labels.device), -100)
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         out = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
+            **{CACHE_NAME: out.get(CACHE_NAME)},
         )
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
@@ -283,8 +301,8 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
         GenerationMixin._prepare_cache_for_generation(cast(Any, self), generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = ChelaCache(self.config)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = ChelaCache(self.config)
 
 
 # In place of the stand-ins of auto.py.

@@ -294,3 +294,13 @@ def test_a_cache_can_not_be_written_twice():
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_goes_by_both_of_its_names():
+    model = tiny("chela")
+    ids = tokens(2, 9)
+    cache = model(ids[:, :8]).past_key_values
+    assert model(ids[:, 8:], cache=cache).past_key_values is cache and cache.seen == 9
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=cache, past_key_values=cache)
