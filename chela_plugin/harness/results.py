@@ -48,7 +48,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def unwritable(path: Path, error: OSError) -> ResultsError:
     )
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make a rename in `path` durable; a system that can't open folders (Windows) does so by itself."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -220,9 +220,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) 
     """Write tensors and a JSON-able state as one safetensors file, atomically, with a SHA-256 of all of it inside."""
     from safetensors.torch import save
 
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    apart = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor  # the format has no tensors that share memory
+        seen.add(place)
     text = canonical_json(state)
-    write_atomically(path, save(copies, metadata={"state": text, "sha256": _checksum(copies, text)}))
+    # format: what transformers asks of a file of weights
+    metadata = {"format": "pt", "state": text, "sha256": _checksum(apart, text)}
+    write_atomically(path, save(apart, metadata=metadata))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -1,6 +1,7 @@
 """Faults: kills while a checkpoint is written, damaged and foreign checkpoints, two processes on one folder, pickle."""
 
 import ast
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
 
+from chela_plugin.harness.config import ConfigError
 from chela_plugin.harness.results import ResultsError, ResultsFolder, load_tensors, read_records, save_tensors
+from chela_plugin.harness.train.checkpoint import RunFolder
 
 ROOT = Path(__file__).parents[2]
 KILLS = 50
@@ -76,6 +79,72 @@ for wait in {[rng.uniform(0.005, 0.03) for _ in range(KILLS)]}:
         assert (tensors["x"] == state["step"]).all()
         steps.append(state["step"])
     assert max(steps) > 0, "no kill came after the first write: the moments are not spread over the writing"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_kills_of_a_training_run_that_saves_leave_its_newest_checkpoint_whole(tmp_path):
+    """`chela train` writes two files and removes the checkpoint before; 50 kills, one folder, as a cluster would."""
+    program = f"""
+import os, pathlib, random, signal, time, torch
+from chela_plugin.harness.train.checkpoint import RunFolder
+torch.set_num_threads(1)
+rng = random.Random(0)
+folder = RunFolder(pathlib.Path({str(tmp_path)!r}), {{}})
+step = 0
+for _ in range({KILLS}):
+    child = os.fork()
+    if child == 0:
+        while True:
+            step += 1
+            x = torch.full((50_000,), float(step))
+            folder.save(step, {{"w": x}}, {{"w//exp_avg": x, "w//step": torch.tensor(float(step))}}, {{"step": step}})
+    while folder.newest() is None or int(folder.newest().name[5:]) <= step:
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0.002, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    model, optimizer, state = folder.load()
+    assert step < state["step"] == int(optimizer["w//step"]) and (model["w"] == state["step"]).all()
+    step = state["step"]
+print(step)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert int(done.stdout) > KILLS, "no kill came after the first write: the moments are not spread over the writing"
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path, {})
+    folder.save(3, {"w": torch.arange(12.0)}, {"w//exp_avg": torch.ones(12)}, {"step": 3})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_training_run_finds_a_flipped_bit_and_a_missing_file(run_folder, name):
+    file = run_folder.newest() / name
+    whole = bytearray(file.read_bytes())
+    whole[-2] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"step-3 is damaged .*checksum differs.*remove that folder"):
+        run_folder.load()
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"step-3 is damaged \(a file is missing\)"):
+        run_folder.load()
+
+
+def test_a_disk_that_fills_up_while_a_training_run_saves_leaves_the_checkpoint_before(run_folder, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"step-4: No space left on device; the checkpoint before it is kept"):
+            run_folder.save(4, {"w": torch.zeros(12)}, {}, {"step": 4})
+    assert run_folder.load()[2] == {"step": 3}
+    run_folder.save(4, {"w": torch.zeros(12)}, {}, {"step": 4})
+    assert run_folder.load()[2] == {"step": 4}
+    assert [path.name for path in run_folder.checkpoints.iterdir()] == ["step-4"]
 
 
 @pytest.mark.parametrize("part", ["header", "values", "anywhere"])
@@ -208,6 +277,7 @@ def test_the_yaml_loader_makes_no_objects(tmp_path):
 
 HOLDER = """
 import pathlib, sys
+from chela_plugin.harness.config import ConfigError
 from chela_plugin.harness.results import ResultsError, ResultsFolder
 try:
     with ResultsFolder(pathlib.Path(sys.argv[1]), {"a": {"seeds": [0]}}) as folder:

@@ -2,13 +2,13 @@
 
     run.json                            the run's config; the same command goes on, another config is refused
     metrics.jsonl                       one JSON object a line
-    checkpoints/step-N/model.safetensors, optimizer.safetensors, state.json
+    checkpoints/step-N/model.safetensors, optimizer.safetensors, each with its checksum; where the run stands is in both
     config.json, model.safetensors ...  the finished model, as transformers or timm save it
     tensorboard/, lock
 
 A checkpoint is written to a hidden folder and renamed; the one before goes when the new one is in its place. Under FSDP
 it is gathered: rank 0 writes whole tensors, so a run may go on with another strategy or number of devices. That needs
-the weights and both moments in rank 0's main memory, 12 bytes a parameter in fp32.
+the weights and both moments in rank 0's main memory, 12 bytes a parameter in fp32, and 8 more while they are written.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from chela_plugin.harness.config import ConfigError, canonical_json
-from chela_plugin.harness.results import write_atomically
+from chela_plugin.harness.results import ResultsError, load_tensors, save_tensors, sync_folder, write_atomically
 
 Tensors = dict[str, Tensor]
+FILES = ("model.safetensors", "optimizer.safetensors")  # of one checkpoint
 
 
 def whole(tensor: Tensor, keep: bool) -> Tensor | None:
@@ -146,20 +147,19 @@ class RunFolder:
 
     def load(self) -> tuple[Tensors, Tensors, dict[str, Any]] | None:
         """Weights, optimiser state, and where the run stands, of the last checkpoint; None before the first."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self.newest()
         if path is None:
             return None
         try:
-            state = json.loads((path / "state.json").read_bytes())
-            return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ConfigError(
-                f"checkpoint {path} is damaged ({error}); restore it, or remove that folder to start from the one "
-                "before it or anew"
-            ) from None
+            weights, moments = (load_tensors(path / name) for name in FILES)
+        except ResultsError as error:
+            raise _damaged(path, str(error)) from None
+        if weights is None or moments is None:
+            raise _damaged(path, "a file is missing")
+        (model, state), (optimizer, stood) = weights, moments
+        if state != stood:
+            raise _damaged(path, "its two files are of different moments")
+        return model, optimizer, state
 
     def save(self, step: int, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
         """Write a checkpoint, then remove the ones before it."""
@@ -171,43 +171,25 @@ class RunFolder:
             for leftover in self.checkpoints.glob(".step-*.part"):
                 shutil.rmtree(leftover)
             hidden.mkdir(parents=True)
-            write_tensors(hidden / "model.safetensors", model)
-            write_tensors(hidden / "optimizer.safetensors", optimizer)
-            write_atomically(hidden / "state.json", canonical_json(state).encode())
+            for name, tensors in zip(FILES, (model, optimizer), strict=True):
+                save_tensors(hidden / name, tensors, state)
             os.replace(hidden, final)
             sync_folder(self.checkpoints)
-        except OSError as error:
+        except (OSError, ResultsError) as error:
+            reason = error.__cause__ if isinstance(error, ResultsError) else error
             raise ConfigError(
-                f"cannot write {final}: {error.strerror or error}; the checkpoint before it is kept"
+                f"cannot write {final}: {getattr(reason, 'strerror', None) or error}; the checkpoint before it is kept"
             ) from error
         for older in self.checkpoints.glob("step-*"):
             if older != final:
                 shutil.rmtree(older)
 
 
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    """One safetensors file, on disk when this returns; tensors that share memory are written each for itself."""
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    save_file(apart, path, metadata={"format": "pt"})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in `path` durable, where the system can open folders."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _damaged(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"checkpoint {path} is damaged ({reason}); restore it, or remove that folder to start from the one before it "
+        "or anew"
+    )
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> set[str]:
