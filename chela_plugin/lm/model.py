@@ -189,7 +189,8 @@ class ChelaModel(ChelaPreTrainedModel):
         if cache is not None:
             cache.seen += length
         all_hidden = (*hidden_states, x) if keep_all else None
-        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_hidden, **{CACHE_NAME: cache})
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        out = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_hidden, **named)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _cache(
