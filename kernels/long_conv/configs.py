@@ -100,6 +100,10 @@ def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
     return ModalBlocks(64, 64, 4, 2) if part == "ends" else ModalBlocks(64, 64, 8, 1)
 
 
+# Of `short_sums`: channels and warps a program, parts that a segment is cut into.
+SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 8, 4
+
+
 def modal_segment_size(batch: int, tokens: int, filters: int) -> int:
     """Tokens of a segment, a multiple of the chunk: whole rows where these fill the device, else as many as do.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from chela_plugin.kernels.backend import precision
 
 from . import triton_modal as kernels
-from .configs import ModalBlocks, modal_blocks_for, modal_segment_size
+from .configs import SHORT_CHANNELS, SHORT_PARTS, SHORT_WARPS, ModalBlocks, modal_blocks_for, modal_segment_size
 
 
 class Plan(NamedTuple):
@@ -215,27 +215,44 @@ def backward(
         return dx, *poles, zeros[0], zeros[1], zeros[2]
     plan = plan_for(x, groups, modes, cu_seqlens)
     m = matrices(f, x.dtype, plan)
-    # torch's own pass: the scan reads 14 rows for 8, and would take each back through SiLU twice.
-    du = torch.ops.aten.silu_backward(dy, u) if silu else dy
+    du, dshort, dbias = _short_sums(dy, x, u, f, plan, silu)
     adjoints = torch.empty_like(states)
     _scan(du, dx, dx, adjoints, m, f, plan, silu=False, save=True, reverse=True)
     blocks = modal_blocks_for(x.dtype, "sums")
     grid = _grid(blocks, plan)
     wide: Any = {"dtype": torch.float32, "device": x.device}
-    C, K = blocks.chunk, 0 if short is None else short.shape[1]
+    C = blocks.chunk
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
-    channel = torch.empty((K + 2) * plan.segments, x.shape[2], **wide)
+    scales = torch.empty(0 if scale is None else plan.segments, x.shape[2], **wide)
     kernels.modal_sums[grid](
         du, x, states, adjoints, m.taps, m.out, x if scale is None else scale.contiguous(),
-        x if plan.places is None else plan.places, *shares, channel, *_common(x, plan), *du.stride(), *x.stride(), K=K,
-        SCALE=scale is not None, BIAS=bias is not None, **_options(blocks, x, plan),
+        x if plan.places is None else plan.places, *shares, scales, *_common(x, plan), *du.stride(), *x.stride(),
+        SCALE=scale is not None, **_options(blocks, x, plan),
     )  # fmt: skip
     log_time, frequency, residue = (t.contiguous() for t in f[:3])
     poles = torch.empty_like(log_time), torch.empty_like(frequency), torch.empty_like(residue)
     kernels.modal_gradient[(groups,)](
         *shares, log_time, frequency, residue, *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C, SP=plan.SP
     )
-    per_tap, per_channel = channel[: K * plan.segments], channel[K * plan.segments :].view(2, plan.segments, -1)
-    dshort = None if short is None else per_tap.view(plan.segments, -1, K).sum(0).to(short.dtype)
-    dscale = None if scale is None else per_channel[0].sum(0).to(scale.dtype)
-    return dx, *poles, dshort, dscale, None if bias is None else per_channel[1].sum(0).to(bias.dtype)
+    return dx, *poles, dshort, None if scale is None else scales.sum(0).to(scale.dtype), dbias
+
+
+def _short_sums(
+    dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy behind SiLU(u), and the gradients of the short taps and the bias, views of one tensor."""
+    if not silu and f.short is None and f.bias is None:
+        return dy, None, None
+    channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]
+    before = u if silu else dy
+    du = torch.empty_like(u) if silu else dy
+    d_blocks = triton.cdiv(channels, SHORT_CHANNELS)
+    shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
+    kernels.short_sums[(plan.segments * SHORT_PARTS * d_blocks,)](
+        dy, before, x, du, x if plan.places is None else plan.places, shares, x.shape[1], channels, plan.segments,
+        plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(), *x.stride(), C=64, K=K, PARTS=SHORT_PARTS,
+        SILU=silu, PACKED=plan.places is not None, BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
+    )  # fmt: skip
+    found = shares.sum(0)
+    dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)
+    return du, dshort, None if f.bias is None else found[channels * K :].to(f.bias.dtype)

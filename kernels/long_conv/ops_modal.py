@@ -40,9 +40,15 @@ forward_op = torch.library.custom_op(
     mutates_args=(),
     schema=f"(Tensor x, {_FILTER}, Tensor? cu_seqlens, bool silu, bool save) -> (Tensor, Tensor, Tensor)",
 )
+def _apart(*arguments):
+    """The same for an operator, whose outputs may not be views of one tensor."""
+    *rest, dshort, dscale, dbias = backward(*arguments)
+    return *rest, dshort.clone(), dscale, dbias.clone()
+
+
 backward_op = torch.library.custom_op(
     f"{_NAME}_backward",
-    backward,
+    _apart,
     mutates_args=(),
     schema=f"(Tensor dy, Tensor x, Tensor u, Tensor states, {_FILTER}, Tensor? cu_seqlens, bool silu) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

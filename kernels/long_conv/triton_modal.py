@@ -20,7 +20,8 @@ gradients are sums over chunks in any order, which `modal_sums` takes in a fixed
     dnear = dU (scale X)^T     dout = dU (scale S)^T     dinto = (scale X) L^T     dturn = L . (scale S)
 
 and `modal_gradient` adds up and takes on to the poles and residues. Short taps run on the ordinary cores: 8 rows one
-token apart are held at once, so that each input is read (7 + taps) / 8 times.
+token apart are held at once, so that each input is read (7 + taps) / 8 times. `short_sums` takes their gradient and the
+bias' in the pass that takes dy back through SiLU.
 """
 
 # Triton unrolls loops over tuples that grow: joined with +, since it does not unpack them, and of no one type.
@@ -206,8 +207,8 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments, per_row,
-               size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
+def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments,
+               per_row, size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
                C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr,
                REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -285,23 +286,19 @@ def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bia
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, dout, dturn, dchannel, T, D, R, Q,
+def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, dout, dturn, dscale, T, D, R, Q,
                segments, per_row, size, blocks, g_b, g_t, g_d, x_b, x_t, x_d,
-               C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-               SCALE: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
-    """This program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; per segment and channel, in
-    dchannel, short taps `[segments, D, K]`, scale and bias `[segments, D]` one behind the other."""
+               C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
+               PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """This program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; dscale `[segments, D]`."""
     pid = tl.program_id(0).to(tl.int64)
-    g, q, segment, d, live, row, begin, before, left, slot = _columns(
+    g, q, segment, d, live, row, begin, _, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
     r, s = tl.arange(0, C), tl.arange(0, SP)
-    H: tl.constexpr = C // RUN
     dtype = out.dtype.element_ty
     du += row * g_b + begin * g_t + d * g_d
     x += row * x_b + begin * x_t + d * x_d
-    h = tl.arange(0, H) * RUN
     factor = tl.full((N,), 1.0, tl.float32)
     if SCALE:
         factor = tl.load(scale + d, live, other=0.0).to(tl.float32)
@@ -314,10 +311,6 @@ def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, 
     turn_re = tl.zeros((N, SP), tl.float32)
     turn_im = tl.zeros((N, SP), tl.float32)
     acc_scale = tl.zeros((N,), tl.float32)
-    acc_bias = tl.zeros((N,), tl.float32)
-    acc_short = ()
-    for _ in tl.static_range(K):
-        acc_short = acc_short + (tl.zeros((H, N), tl.float32),)
     for c in tl.range(0, chunks, num_stages=STAGES):
         t = c * C + r
         held = t[:, None] < left[None, :]
@@ -332,41 +325,82 @@ def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, 
             long = tl.dot(S, WT, long, input_precision=PRECISION)
             acc_scale += tl.sum(long * tl.trans(G).to(tl.float32), 1)
             X = (X.to(tl.float32) * factor[None, :]).to(dtype)
-        if BIAS:
-            acc_bias += tl.sum(G.to(tl.float32), 0)
         scaled = S.to(tl.float32) * factor[:, None]
         turn_re += L.to(tl.float32) * scaled
         turn_im += L2 * scaled
         acc_near = tl.dot(G, tl.trans(X), acc_near, input_precision=PRECISION)
         acc_out = tl.dot(G, scaled.to(dtype), acc_out, input_precision=PRECISION)
         acc_into = tl.dot(X, L, acc_into, input_precision=PRECISION)
-        if K > 0:
-            xs = ()
-            for j in tl.static_range(RUN + K - 1):
-                tt = c * C + h + (j - (K - 1))
-                seen = (tt[:, None] + before[None, :] >= 0) & (tt[:, None] < left[None, :])
-                xs = xs + (tl.load(x[None, :] + tt.to(tl.int64)[:, None] * x_t, seen, other=0.0).to(tl.float32),)
-            news = acc_short
-            for j in tl.static_range(RUN):
-                tt = c * C + h + j
-                seen = tt[:, None] < left[None, :]
-                grad = tl.load(du[None, :] + tt.to(tl.int64)[:, None] * g_t, seen, other=0.0).to(tl.float32)
-                olds = news
-                news = ()
-                for k in tl.static_range(K):
-                    news = news + (olds[k] + grad * xs[j + K - 1 - k],)
-            acc_short = news
     tl.store(dnear + pid * (C * C) + r[:, None] * C + r[None, :], acc_near)
     tl.store(dinto + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_into)
     tl.store(dout + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_out)
     tl.store(dturn + pid * (2 * SP) + s, tl.sum(turn_re, 0))
-    # L2 was read with re and im exchanged; i L is (im, -re) of the adjoint.
+    # L2 holds L with re and im exchanged, without the sign that i L has.
     tl.store(dturn + pid * (2 * SP) + SP + s, tl.sum(turn_im, 0) * tl.where(s < SP // 2, 1.0, -1.0))
-    at = dchannel + segment * D + d
+    if SCALE:
+        tl.store(dscale + segment * D + d, acc_scale, live)
+
+
+@triton.jit(do_not_specialize=["T", "segments", "per_row"])
+def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_blocks, g_b, g_t, g_d, u_b, u_t, u_d,
+               x_b, x_t, x_d, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr,
+               PACKED: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """SILU: du = dy SiLU'(u), laid out as u. A row of shares, for each of PARTS parts of a segment: what its tokens
+    give the short taps `[D, K]`, and behind them the bias `[D]`."""
+    pid = tl.program_id(0)
+    d = (pid % d_blocks * BD + tl.arange(0, BD)).to(tl.int64)
+    there = (d < D)[None, :]
+    share = pid // d_blocks
+    segment, part = share // PARTS, share % PARTS
+    if PACKED:
+        begin = tl.load(places + segment)
+        before = tl.load(places + segments + segment).to(tl.int32)
+        left = tl.load(places + 2 * segments + segment).to(tl.int32)
+        row = begin * 0
+    else:
+        row = (segment // per_row).to(tl.int64)
+        before = segment % per_row * size
+        begin = before.to(tl.int64)
+        left = T - before
+    H: tl.constexpr = C // RUN
+    h = tl.arange(0, H)[:, None] * RUN
+    dy += row * g_b + begin * g_t + d[None, :] * g_d
+    u += row * u_b + begin * u_t + d[None, :] * u_d
+    du += row * u_b + begin * u_t + d[None, :] * u_d
+    x += row * x_b + begin * x_t + d[None, :] * x_d
+    acc_bias = tl.zeros((H, BD), tl.float32)
+    accs = ()
+    for _ in tl.static_range(K):
+        accs = accs + (tl.zeros((H, BD), tl.float32),)
+    chunks = (tl.minimum(left, size) + C - 1).to(tl.int32) // C
+    for c in range(chunks * part // PARTS, chunks * (part + 1) // PARTS):
+        first = c * C + h
+        xs = ()
+        for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
+            t = first + (j - (K - 1))
+            seen = there & (t + before >= 0) & (t < left)
+            xs = xs + (tl.load(x + t.to(tl.int64) * x_t, seen, other=0.0).to(tl.float32),)
+        for j in tl.static_range(RUN):
+            t = first + j
+            seen = there & (t < left)
+            grad = tl.load(dy + t.to(tl.int64) * g_t, seen, other=0.0).to(tl.float32)
+            if SILU:
+                at = t.to(tl.int64) * u_t
+                value = tl.load(u + at, seen, other=0.0).to(tl.float32)
+                gate = 1 / (1 + tl.exp(-value))
+                grad = (grad * gate * (1 + value * (1 - gate))).to(du.dtype.element_ty)
+                tl.store(du + at, grad, seen)
+                grad = grad.to(tl.float32)
+            acc_bias += grad
+            news = ()
+            for k in tl.static_range(K):
+                news = news + (accs[k] + grad * xs[j + K - 1 - k],)
+            accs = news
+    held = d < D
+    shares += share.to(tl.int64) * D * (K + 1)
     for k in tl.static_range(K):
-        tl.store(dchannel + (segment * D + d) * K + k, tl.sum(acc_short[k], 0), live)
-    tl.store(at + K * segments * D, acc_scale, live)
-    tl.store(at + (K + 1) * segments * D, acc_bias, live)
+        tl.store(shares + d * K + k, tl.sum(accs[k], 0), held)
+    tl.store(shares + D * K + d, tl.sum(acc_bias, 0), held)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
