@@ -5,6 +5,7 @@ Whatever is in them, nothing runs, nothing takes a second, nothing raises but ou
 """
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -52,15 +53,20 @@ sys.addaudithook(look)  # it can't be removed, only told to look away
 
 @contextlib.contextmanager
 def harmless():
-    """A process, connection or unpickling that a fuzzed input starts fails the test, and so does a second's work."""
+    """A process, connection or unpickling that a fuzzed input starts fails the test, and so does a second's work.
+
+    The collector waits meanwhile: after 100,000 examples a round of it took 1.9 s, which was no input's doing.
+    """
     global watched
     watched = []
+    gc.disable()
     start = time.thread_time()
     try:
         yield
     finally:
         seen, watched = watched, None
         taken = time.thread_time() - start
+        gc.enable()
         assert not seen, "\n".join(seen)
         assert taken < 1.0, f"{taken:.1f} s"
 
