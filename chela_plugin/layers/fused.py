@@ -66,7 +66,7 @@ class FusedAttention(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
             from_z = z_rows @ joined(x.dtype, q, k, g).T
-            from_x = x_rows @ joined(x.dtype, v, dt, multiple=16 // x.element_size()).T
+            from_x = x_rows @ joined(x.dtype, v, dt, multiple=16).T
             q_heads, k_heads, v_heads, log_decay = activation.activate(from_z, from_x, bias, heads, keys, values)
             rows = (batch, time, heads)
             q_heads, k_heads, v_heads = (h.view(*rows, h.shape[-1]) for h in (q_heads, k_heads, v_heads))
@@ -109,7 +109,7 @@ class FusedAttention(torch.autograd.Function):
             )
             dbias = activation.gradient(dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x)
             dz = (dfrom_z @ joined(x.dtype, q, k, g)).view(z.shape)
-            dx = (dfrom_x @ joined(x.dtype, v, dt, multiple=16 // x.element_size())).view(x.shape)
+            dx = (dfrom_x @ joined(x.dtype, v, dt, multiple=16)).view(x.shape)
             dq_weight, dk_weight, dg_weight = (dfrom_z.T @ z_rows).split([len(q), len(k), len(g)])
             dv_weight, ddt_weight = (dfrom_x.T @ x_rows).split([len(v), from_x.shape[1] - len(v)])
         return (
@@ -130,7 +130,10 @@ class FusedAttention(torch.autograd.Function):
 
 
 def joined(dtype: torch.dtype, *weights: Tensor | None, multiple: int = 1) -> Tensor:
-    """The weights below one another, `[rows, D]`, with rows of zeros up to a multiple."""
+    """The weights below one another, `[rows, D]`, with rows of zeros up to a multiple.
+
+    Triton reads 16 bytes at once only where it knows that a stride is a multiple of 16 numbers.
+    """
     there = [w for w in weights if w is not None]
     rows = sum(len(w) for w in there)
     if rows % multiple:

@@ -52,6 +52,12 @@ def _slope(x):
 
 
 @triton.jit
+def _silu_gradient(g, source, target, row, column, there, stride_source, stride_target):
+    x = tl.load(source + row[:, None] * stride_source + column[None, :], mask=there, other=0.0).to(tl.float32)
+    tl.store(target + row[:, None] * stride_target + column[None, :], g * _slope(x), mask=there)
+
+
+@triton.jit
 def gradient(
     dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x, dbias, rows, stride_z, stride_x,
     stride_dz, stride_dx,
@@ -66,31 +72,27 @@ def gradient(
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     if block < 2 * k_blocks:
         is_k = block >= k_blocks
-        column = (block % k_blocks) * BC + tl.arange(0, BC)
-        there = (row < rows)[:, None] & (column < KEYS)[None, :]
-        source = dk if is_k else dq
-        g = tl.load(source + row[:, None] * KEYS + column[None, :], mask=there, other=0.0).to(tl.float32)
-        column += KEYS if is_k else 0
-        x = tl.load(from_z + row[:, None] * stride_z + column[None, :], mask=there, other=0.0).to(tl.float32)
-        tl.store(dfrom_z + row[:, None] * stride_dz + column[None, :], g * _slope(x), mask=there)
+        key = (block % k_blocks) * BC + tl.arange(0, BC)
+        inside = (row < rows)[:, None] & (key < KEYS)[None, :]
+        dkey = tl.load((dk if is_k else dq) + row[:, None] * KEYS + key[None, :], mask=inside, other=0.0)
+        place = key + (KEYS if is_k else 0)
+        _silu_gradient(dkey.to(tl.float32), from_z, dfrom_z, row, place, inside, stride_z, stride_dz)
     elif block < 2 * k_blocks + v_blocks:
         column = (block - 2 * k_blocks) * BC + tl.arange(0, BC)
         there = (row < rows)[:, None] & (column < VALUES)[None, :]
         at = row[:, None] * VALUES + column[None, :]
-        g = tl.load(dv + at, mask=there, other=0.0).to(tl.float32)
+        dvalue = tl.load(dv + at, mask=there, other=0.0).to(tl.float32)
         if SKIP:
             d = tl.load(skip + column // V, mask=column < VALUES, other=0.0).to(tl.float32)
-            g += d[None, :] * tl.load(do + at, mask=there, other=0.0).to(tl.float32)
-        x = tl.load(from_x + row[:, None] * stride_x + column[None, :], mask=there, other=0.0).to(tl.float32)
-        tl.store(dfrom_x + row[:, None] * stride_dx + column[None, :], g * _slope(x), mask=there)
+            dvalue += d[None, :] * tl.load(do + at, mask=there, other=0.0).to(tl.float32)
+        _silu_gradient(dvalue, from_x, dfrom_x, row, column, there, stride_x, stride_dx)
     elif DECAY:
         head = tl.arange(0, BH)
-        live = (row < rows)[:, None]
-        there = live & (head < H)[None, :]
-        t = tl.load(from_x + row[:, None] * stride_x + VALUES + head[None, :], mask=there, other=0.0).to(tl.float32)
+        live = (row < rows)[:, None] & (head < H)[None, :]
+        t = tl.load(from_x + row[:, None] * stride_x + VALUES + head[None, :], mask=live, other=0.0).to(tl.float32)
         t += tl.load(bias + head, mask=head < H, other=0.0).to(tl.float32)[None, :]
-        g = tl.load(dlog_decay + row[:, None] * H + head[None, :], mask=there, other=0.0).to(tl.float32)
-        dt = tl.where(there, -g * tl.sigmoid(t), 0.0)
-        at = row[:, None] * stride_dx + VALUES + head[None, :]
-        tl.store(dfrom_x + at, dt, mask=live & (head < PAD)[None, :])
+        ddecay = tl.load(dlog_decay + row[:, None] * H + head[None, :], mask=live, other=0.0).to(tl.float32)
+        dt = tl.where(live, -ddecay * tl.sigmoid(t), 0.0)
+        behind = dfrom_x + row[:, None] * stride_dx + VALUES + head[None, :]
+        tl.store(behind, dt, mask=(row < rows)[:, None] & (head < PAD)[None, :])
         tl.store(dbias + tl.program_id(0) * H + head, tl.sum(dt, axis=0), mask=head < H)

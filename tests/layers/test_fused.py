@@ -17,8 +17,8 @@ from chela_plugin.layers import Chela
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the first test starts")
-# fp32 sums in two orders, relative to the whole. The decay's softplus in the kernel is log(1 + e), good to 1e-5 of a slow
-# decay, and the terms of the skip's gradient cancel to a hundredth: the norm behind it takes out its own direction.
+# fp32 sums in two orders, relative to the whole. The decay's softplus in the kernel is log(1 + e), good to 1e-5 of a
+# slow decay, and the terms of the skip's gradient cancel to a hundredth: the norm takes out its own direction.
 TOLERANCE = 1e-4
 
 
@@ -29,6 +29,27 @@ def test_the_node_passes_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("name", ["activate", "gradient"])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(name):
+    """The interpreter takes what the compiler refuses: a name of two types in two branches, for one."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from chela_plugin.kernels.qkv_activation import triton as kernels
+
+    kernel = getattr(kernels, name)
+    numbers = {"QK": 64, "KEYS": 32, "VALUES": 64, "V": 32, "H": 2, "PAD": 16, "BR": 16, "BC": 64, "BH": 16}
+    numbers |= {"DECAY": True, "SKIP": True}
+    constants = {n: numbers[n] for n in kernel.arg_names if n in numbers}
+    types = {n: "i32" if n == "rows" or n.startswith("stride") else "*bf16" for n in kernel.arg_names}
+    types |= {n: "*fp32" for n in kernel.arg_names if n in ("log_decay", "dlog_decay", "dbias")}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
 def chela(dim=32, **options):
@@ -52,7 +73,7 @@ def outcome(mixer, x, dy):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dim": 32},  # the columns of 2 decays are padded to 4
+        {"dim": 32},  # the columns of 2 decays are padded to 16
         {"dim": 96, "num_heads": 3, "decay": "none"},
         {"dim": 40, "causal": False},
     ],
@@ -73,7 +94,7 @@ def test_activations_equal_their_definition_with_all_gradients():
 
     heads, keys, values, rows = 3, 8, 20, 37
     torch.manual_seed(0)
-    from_z, from_x = torch.randn(rows, 2 * heads * keys + 5), torch.randn(rows, heads * values + 4)
+    from_z, from_x = torch.randn(rows, 2 * heads * keys + 5), torch.randn(rows, heads * values + 16)
     bias, skip, do = torch.randn(heads), torch.randn(heads), torch.randn(rows, heads, values)
     found = launch.activate(from_z, from_x, bias, heads, keys, values)
     leaves = [t.double().requires_grad_() for t in (from_z, from_x, bias)]
