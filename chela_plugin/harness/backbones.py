@@ -21,15 +21,18 @@ class UnmatchedParameters(ValueError):
     """No MLP width brings a mixer's model to the baseline's parameter count."""
 
 
-class _Logits(nn.Module):
-    """A language model that takes tokens and returns logits `[B, T, V]` alone."""
+class Logits(nn.Module):
+    """A language model from tokens to logits alone: `[B, T, V]`, or `[N, V]` at N places of `[B * T]`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, use_cache=False).logits
+    def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        if places is None:
+            return self.model(input_ids=tokens, use_cache=False).logits
+        features = self.model.model(tokens, use_cache=False, return_dict=True).last_hidden_state
+        return self.model.lm_head(features.flatten(0, 1)[places])
 
 
 def build(config: Backbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.Module:
@@ -38,7 +41,7 @@ def build(config: Backbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.M
         need("transformers", "lm")
         from chela_plugin.lm import ChelaConfig, ChelaForCausalLM
 
-        return _Logits(
+        return Logits(
             ChelaForCausalLM(
                 ChelaConfig(
                     vocab_size=data.vocabulary or data.classes,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from chela_plugin.harness import backbones, environment, training
 from chela_plugin.harness.config import Ablation, ConfigError, TaskConfig, identity
 from chela_plugin.harness.extras import MissingPackage
 from chela_plugin.harness.grid import Cell
 from chela_plugin.harness.results import Record, ResultsError, load_tensors, unwritable
-from chela_plugin.harness.tasks import Examples, Split, augment, examples
+from chela_plugin.harness.tasks import Examples, Split, augment, augments, examples
 from chela_plugin.harness.trackers import Curves
 
 
@@ -112,15 +112,12 @@ class CellRunner:
         del probe  # its memory would count in the run's peak
         tokens = backbones.tokens_per_example(config.backbone, train) * config.training.batch_size
 
-        def augmented(inputs: Tensor, generator: Any) -> Tensor:
-            return augment(task, inputs, generator)
-
         with Curves(self.folder, cell, identity(config), self.trackers) as curves:
             done = training.run(
                 lambda: self.model(cell.task, cell.mixer, match.mlp_hidden),
                 train,
                 validation,
-                augmented,
+                partial(augment, task) if augments(task) else None,
                 config.training,
                 learning_rate=cell.learning_rate,
                 seed=cell.seed,
@@ -143,6 +140,7 @@ class CellRunner:
             "tokens_per_second": done.timed_steps * tokens / done.timed_seconds if done.timed_steps else None,
             "seconds": done.seconds,
             "peak_bytes": done.peak_bytes,
+            "cuda_graph": {"steps": done.replayed, "refused": done.eager_because},
             "history": done.history,
             "parameters": match.parameters,
             "parameter_ratio": match.ratio,

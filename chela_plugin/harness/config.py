@@ -95,6 +95,7 @@ class Training(Strict):
     accelerator: Literal["cpu", "cuda", "auto"] = "auto"
     threads: int = Field(1, ge=1, description="CPU threads a run; runs side by side scale better than threads")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    cuda_graph: bool = Field(True, description="replay steps on a GPU: the same launches, so no part of identity")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Training:
@@ -151,7 +152,7 @@ def digest(value: Any) -> str:
 
 def identity(ablation: Ablation) -> dict[str, Any]:
     """All of an ablation that its results depend on."""
-    return ablation.model_dump(mode="json", exclude={"checkpoint_seconds"})
+    return ablation.model_dump(mode="json", exclude={"checkpoint_seconds": True, "training": {"cuda_graph"}})
 
 
 def shipped(folder: Literal["ablations", "tasks"]) -> dict[str, Path]:

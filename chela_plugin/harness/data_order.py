@@ -22,11 +22,13 @@ def _permutation(size: int, seed: int, epoch: int) -> Tensor:
 
 def batch_rows(size: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Row numbers `[batch_size]` of batch `step` (from 0): epoch after epoch, each a new permutation of `size` rows."""
-    start = step * batch_size
+    start, end = step * batch_size, (step + 1) * batch_size
     rows = []
-    for position in range(start, start + batch_size):
-        rows.append(_permutation(size, seed, position // size)[position % size])
-    return torch.stack(rows)
+    while start < end:
+        epoch, place = divmod(start, size)
+        rows.append(_permutation(size, seed, epoch)[place : place + end - start])
+        start += len(rows[-1])
+    return torch.cat(rows)
 
 
 @lru_cache(maxsize=4)

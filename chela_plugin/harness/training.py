@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from chela_plugin.harness.backbones import bits, loss_sum
+from chela_plugin.harness.backbones import Logits, bits, loss_sum
 from chela_plugin.harness.config import ConfigError, Training
 from chela_plugin.harness.data_order import batch_rows, bucket_rows, generator
 from chela_plugin.harness.extras import need
+from chela_plugin.harness.feed import feed_for, forward
 from chela_plugin.harness.grid import score_rank
 from chela_plugin.harness.results import ResultsError, load_tensors, save_tensors
 from chela_plugin.harness.tasks import IGNORE, Examples
+from chela_plugin.harness.update import Update, adamw, set_learning_rate
 
 EVALUATED_LOGITS = 2**28  # at once, 1 GiB in float32: test sequences may be longer than those trained on
 UNTIMED_STEPS = 3  # the first steps of a process allocate, autotune and compile; tokens/s leaves them out
@@ -73,6 +76,8 @@ class Progress:
     seconds: float = 0.0  # of training steps, evaluation and checkpoints left out
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    replayed: int = 0  # steps from a CUDA graph
+    eager_because: str | None = None  # why a step could not be captured
     peak_bytes: int | None = None  # CUDA allocator; a CPU process has no such figure of its own
     # Digests of what all steps so far were given: rows of the training split, and the schedule as a share of its peak.
     # None after a checkpoint of a version that kept none.
@@ -96,43 +101,24 @@ def chained(before: str | None, step: bytes) -> str | None:
     return None if before is None else hashlib.sha256(before.encode() + step).hexdigest()[:16]
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW without decay on vectors (norms, biases) and on parameters that carry `_no_weight_decay = True`."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            free = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
-            (kept if free else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95))
-
-
-def as_model_input(inputs: Tensor) -> Tensor:
-    """Tokens are stored in few bytes and embedded as int64; images pass."""
-    return inputs if inputs.is_floating_point() else inputs.long()
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Examples, batch_size: int, device: torch.device) -> Score:
     """Metric and loss of a whole split, in its own order."""
     model.eval()
-    nats = count = 0.0
-    parts = torch.zeros(2, max(1, len(data.slices)), dtype=torch.float64)  # right answers and answers of each slice
-    answers = data.targets.shape[1] if data.targets.ndim == 2 else 1
-    size = max(1, min(batch_size, EVALUATED_LOGITS // (answers * data.classes)))
-    for start in range(0, len(data), size):
-        rows = slice(start, start + size)
-        inputs, targets = data.batch(rows)
-        targets = targets.long().to(device)
-        logits = model(as_model_input(inputs).to(device))
-        nats += loss_sum(logits, targets).item()
+    feed = feed_for(data, device, may_select=isinstance(getattr(model, "module", model), Logits))
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, answers
+    right_of, answers_of = [], []  # each example's right answers and its answers
+    for rows in feed.in_order(batch_size, EVALUATED_LOGITS):
+        batch = feed.batch(rows)
+        logits, targets = forward(model, batch)
         counted = targets != IGNORE
-        count += counted.sum().item()
-        right = (logits.argmax(-1) == targets).reshape(len(inputs), -1).sum(1)
-        both = torch.stack((right, counted.reshape(len(inputs), -1).sum(1))).double().cpu()
-        of = torch.zeros(len(inputs)) if data.slice_of is None else data.slice_of[rows]
-        parts.index_add_(1, of.long(), both)
+        sums += torch.stack((loss_sum(logits, targets).double(), counted.sum().double()))
+        right_of.append((logits.argmax(-1) == targets).reshape(len(rows), -1).sum(1))
+        answers_of.append(counted.reshape(len(rows), -1).sum(1))
+    nats, count = sums.tolist()
+    parts = torch.zeros(2, max(1, len(data.slices)), dtype=torch.float64)  # right answers and answers of each slice
+    of = torch.zeros(len(data)) if data.slice_of is None else data.slice_of
+    parts.index_add_(1, of.long(), torch.stack((torch.cat(right_of), torch.cat(answers_of))).double().cpu())
     model.train()
     slices = {name: (parts[0, i] / parts[1, i]).item() for i, name in enumerate(data.slices) if parts[1, i] > 0}
     accuracy = (parts[0].sum() / parts[1].sum()).item()
@@ -146,12 +132,14 @@ def reproducible(threads: int) -> Iterator[None]:
     The number of threads decides the order of sums, so results depend on it in their last bits.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    threads_before = torch.get_num_threads()
+    threads_before, fill_before = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(threads)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # one more launch for every tensor that is made
     try:
         yield
     finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.set_num_threads(threads_before)
 
@@ -173,7 +161,7 @@ def run(
     build: Callable[[], nn.Module],
     train: Examples,
     validation: Examples,
-    augment: Callable[[Tensor, torch.Generator], Tensor],
+    augment: Callable[..., Tensor] | None,
     config: Training,
     *,
     learning_rate: float,
@@ -190,13 +178,14 @@ def run(
     """
     torch.manual_seed(seed)
     plain = build()
-    optimizer = adamw(plain, config.weight_decay)
+    device = fabric.device
+    optimizer = adamw(plain, config.weight_decay, device)
     checkpoint = folder / "run.safetensors"
     progress = Progress()
     best: dict[str, Tensor] = {}
     losses: list[Tensor] = []  # since the last reading of the validation split
+    may_select = isinstance(plain, Logits)
     model, optimizer = fabric.setup(plain, optimizer)
-    device = fabric.device
     saved = load_tensors(checkpoint)
     if saved is not None:
         try:
@@ -205,63 +194,66 @@ def run(
             raise ResultsError(
                 f"{checkpoint} is of another run than this one ({error}); remove it to start this run over"
             ) from error
+    feed = feed_for(train, device, may_select=may_select)
+    update = Update(fabric, model, optimizer, config.gradient_clip, forward, graphs=config.cuda_graph)
     clock = _Clock(progress, device)
     model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    last_save = time.monotonic()
-    while progress.step < config.steps:
-        step = progress.step
-        clock.start()
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator("dropout", seed, step))))
-        if train.buckets is None:
-            rows = batch_rows(len(train), config.batch_size, seed, step)
-        else:
-            rows = bucket_rows(train.buckets, config.batch_size, seed, step)
-        inputs, targets = train.batch(rows)
-        inputs, targets = augment(inputs, generator("augment", seed, step)), targets.long().to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, learning_rate, config)
-        progress.order = chained(progress.order, rows.numpy().tobytes())
-        # 6 digits: the same on machines whose cosines differ in the last bit
-        progress.schedule = chained(progress.schedule, f"{learning_rate_at(step, 1.0, config):.6g}".encode())
-        loss = loss_sum(model(as_model_input(inputs).to(device)), targets) / (targets != IGNORE).sum()
-        fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        progress.step += 1
-        clock.stepped()
-        if progress.step % 10 == 0 or progress.step == config.steps:
-            watcher.step(progress.step, losses[-1].item())
-        if progress.step % config.evaluate_every == 0 or progress.step == config.steps:
-            clock.stop()
-            read = finite(losses, progress.step)
-            mean_loss, losses = math.fsum(read) / len(read), []
-            score = evaluate(model, validation, config.batch_size, device)
-            if not math.isfinite(score.loss):
-                raise Diverged(f"the validation loss is {score.loss} at step {progress.step}")
-            values = {"seconds": progress.seconds, "train_loss": mean_loss}
-            values |= {"validation": score.metric, "validation_loss": score.loss}
-            for name, value in ({"step": progress.step} | values).items():
-                progress.history[name].append(value)
-            rate = learning_rate_at(step, learning_rate, config)
-            watcher.scalars(progress.step, values | {"learning_rate": rate})
-            if progress.best_step < 0 or score.rank(train.metric) > _best_score(progress).rank(train.metric):
-                progress.best_step = progress.step
-                best = {name: tensor.detach().cpu().clone() for name, tensor in plain.state_dict().items()}
-        if device.type == "cuda":
-            progress.peak_bytes = max(progress.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
-        stopping = watcher.stop()
-        if stopping or time.monotonic() - last_save >= checkpoint_seconds or progress.step == config.steps:
-            clock.stop()
-            state = vars(progress) | {"losses": finite(losses, progress.step)}
-            save_tensors(checkpoint, _tensors(plain, optimizer, best), state)
-            last_save = time.monotonic()
-        if stopping and progress.step < config.steps:
-            raise Interrupted
+    with update.running():
+        last_save = last_said = time.monotonic()
+        while progress.step < config.steps:
+            step = progress.step
+            clock.start()
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator("dropout", seed, step))))
+            if train.buckets is None:
+                rows = batch_rows(len(train), config.batch_size, seed, step)
+            else:
+                rows = bucket_rows(train.buckets, config.batch_size, seed, step)
+            change = None if augment is None else partial(augment, generator=generator("augment", seed, step))
+            batch = feed.batch(rows, change)
+            set_learning_rate(optimizer, learning_rate_at(step, learning_rate, config))
+            progress.order = chained(progress.order, rows.numpy().tobytes())
+            # 6 digits: the same on machines whose cosines differ in the last bit
+            progress.schedule = chained(progress.schedule, f"{learning_rate_at(step, 1.0, config):.6g}".encode())
+            losses.append(update(batch))
+            progress.step += 1
+            clock.stepped()
+            last = progress.step == config.steps
+            # Reading a loss waits for the device, so a GPU is asked by the clock.
+            due = progress.step % 10 == 0 if device.type == "cpu" else time.monotonic() - last_said >= 1.0
+            if due or last:
+                watcher.step(progress.step, losses[-1].item())
+                last_said = time.monotonic()
+            if progress.step % config.evaluate_every == 0 or last:
+                clock.stop()
+                read = finite(losses, progress.step)
+                mean_loss, losses = math.fsum(read) / len(read), []
+                score = evaluate(model, validation, config.batch_size, device)
+                if not math.isfinite(score.loss):
+                    raise Diverged(f"the validation loss is {score.loss} at step {progress.step}")
+                values = {"seconds": progress.seconds, "train_loss": mean_loss}
+                values |= {"validation": score.metric, "validation_loss": score.loss}
+                for name, value in ({"step": progress.step} | values).items():
+                    progress.history[name].append(value)
+                rate = learning_rate_at(step, learning_rate, config)
+                watcher.scalars(progress.step, values | {"learning_rate": rate})
+                if progress.best_step < 0 or score.rank(train.metric) > _best_score(progress).rank(train.metric):
+                    progress.best_step = progress.step
+                    best = {name: tensor.detach().cpu().clone() for name, tensor in plain.state_dict().items()}
+            stopping = watcher.stop()
+            if stopping or time.monotonic() - last_save >= checkpoint_seconds or last:
+                clock.stop()
+                if device.type == "cuda":
+                    progress.peak_bytes = max(progress.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
+                progress.replayed, progress.eager_because = progress.replayed + update.replayed, update.refusal
+                update.replayed = 0
+                state = vars(progress) | {"losses": finite(losses, progress.step)}
+                save_tensors(checkpoint, _tensors(plain, optimizer, best), state)
+                last_save = time.monotonic()
+            if stopping and not last:
+                raise Interrupted
     save_tensors(folder / "best.safetensors", best, {"step": progress.best_step})
     return progress
 

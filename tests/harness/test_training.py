@@ -11,6 +11,7 @@ from chela_plugin.harness.backbones import UnmatchedParameters, match_parameters
 from chela_plugin.harness.config import Training
 from chela_plugin.harness.results import ResultsError, load_tensors
 from chela_plugin.harness.tasks import Examples
+from chela_plugin.harness.update import adamw
 
 RECIPE = Training(steps=12, batch_size=4, warmup_steps=2, evaluate_every=4, accelerator="cpu")
 
@@ -158,7 +159,7 @@ def test_the_best_weights_are_those_of_the_best_validation_score(tmp_path, fabri
 def test_vectors_and_marked_parameters_are_not_decayed():
     net = model()
     net[1].weight._no_weight_decay = True
-    decayed, kept = (group["params"] for group in training.adamw(net, 0.1).param_groups)
+    decayed, kept = (group["params"] for group in adamw(net, 0.1).param_groups)
     assert [id(p) for p in decayed] == [id(net[4].weight)]
     assert len(kept) == 5
 

@@ -76,6 +76,11 @@ def examples(config: TaskConfig, split: Split) -> Examples:
     return _module(config).examples(config, split)
 
 
+def augments(config: TaskConfig) -> bool:
+    """Whether the task changes its training batches."""
+    return hasattr(_module(config), "augment")
+
+
 def augment(config: TaskConfig, inputs: Tensor, generator: torch.Generator) -> Tensor:
     """A training batch as the model sees it; the generator alone decides what is random."""
     change = getattr(_module(config), "augment", None)

@@ -19,7 +19,8 @@ from chela_plugin.harness.train.checkpoint import Tensors, load_model, model_ten
 from chela_plugin.harness.train.config import LanguageModel, LanguageRun
 from chela_plugin.harness.train.flops import language_flops
 from chela_plugin.harness.train.tokens import Stream, streams
-from chela_plugin.harness.training import adamw, learning_rate_at
+from chela_plugin.harness.training import learning_rate_at
+from chela_plugin.harness.update import adamw
 
 
 def new_model(config: LanguageModel, vocabulary: int) -> nn.Module:
