@@ -93,11 +93,15 @@ class ModalBlocks(NamedTuple):
     stages: int
 
 
-def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
-    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'. All share one chunk."""
+def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> ModalBlocks:
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' (with short taps?) or 'sums'.
+
+    All share one chunk."""
     if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
         return ModalBlocks(64, 64, 4 if part == "ends" else 8, 1)
-    return ModalBlocks(64, 64, 4, 2) if part == "ends" else ModalBlocks(64, 64, 8, 1)
+    if part == "ends":
+        return ModalBlocks(64, 64, 4, 2)
+    return ModalBlocks(64, 32 if part == "scan" and short else 64, 4, 1)
 
 
 # Of `short_sums`: channels and warps a program, parts that a segment is cut into.

@@ -161,7 +161,7 @@ def _scan(
     reverse: bool = False,
 ) -> None:  # fmt: skip
     """Fills y, and with `save` u and states; with `reverse` the transpose of the filter, without bias and SiLU."""
-    blocks = modal_blocks_for(x.dtype, "scan")
+    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None)
     into, out = (m.out, m.into) if reverse else (m.into, m.out)
     starts = _starts(x, into, m.turn, plan, reverse) if plan.carries else None
     kernels.modal_scan[_grid(blocks, plan)](

@@ -40,6 +40,8 @@ forward_op = torch.library.custom_op(
     mutates_args=(),
     schema=f"(Tensor x, {_FILTER}, Tensor? cu_seqlens, bool silu, bool save) -> (Tensor, Tensor, Tensor)",
 )
+
+
 def _apart(*arguments):
     """The same for an operator, whose outputs may not be views of one tensor."""
     *rest, dshort, dscale, dbias = backward(*arguments)

@@ -248,6 +248,9 @@ def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bia
     if BIAS:
         shift = tl.load(bias + d, live, other=0.0).to(tl.float32)
     h = tl.arange(0, H) * RUN
+    tap = ()
+    for k in tl.static_range(K):
+        tap = tap + (tl.load(short + d * K + k, live, other=0.0).to(tl.float32),)
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
     for step in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - step if REVERSE else step
@@ -273,8 +276,7 @@ def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bia
             for j in tl.static_range(RUN):
                 part = tl.zeros((H, N), tl.float32)
                 for k in tl.static_range(K):
-                    tap = tl.load(short + d * K + k, live, other=0.0).to(tl.float32)
-                    part += xs[j + (k if REVERSE else K - 1 - k)] * tap[None, :]
+                    part += xs[j + (k if REVERSE else K - 1 - k)] * tap[k][None, :]
                 sums = sums + (part,)
             total += _join_run(sums)
         at = t.to(tl.int64)[:, None] * y_t

@@ -23,16 +23,14 @@ def run(leaves, length, causal, dy):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("channels", "shared", "length"), SIZES
-)
+@pytest.mark.parametrize(("channels", "shared", "length"), SIZES)
 def test_kernels_equal_fp64_with_all_gradients(channels, shared, length, causal):
     leaves = case(causal, channels, shared)
     dy = torch.randn(channels, length if causal else 2 * length - 1, device="cuda", dtype=torch.float64)
     wanted = run([t.detach().double().requires_grad_() for t in leaves], length, causal, dy)
     for found, value in zip(run(leaves, length, causal, dy), wanted, strict=True):
-        # fp32 sums of up to a million terms
-        assert float((found.double() - value).norm() / value.norm()) < 1e-5
+        # fp32 sums of up to a million terms; sub-kernels that no lag reaches have no gradient
+        assert float((found.double() - value).norm()) <= 1e-5 * float(value.norm())
 
 
 def test_twenty_runs_agree_bit_for_bit():
