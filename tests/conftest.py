@@ -1,9 +1,12 @@
-"""For all tests: what a machine without a GPU leaves out, and how many examples hypothesis tries.
+"""For all tests: what a machine without a GPU leaves out, kernels under the interpreter, hypothesis's examples.
 
 In CI a property has the examples that its test says, in the nightly mode (CHELA_NIGHTLY=1) 2,000.
 """
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -33,3 +36,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             test._hypothesis_internal_use_settings = settings(own, max_examples=NIGHTLY_EXAMPLES)
         elif own is None and getattr(test, "is_hypothesis_test", False):
             raise pytest.UsageError(f"{item.nodeid}: hypothesis keeps a test's settings elsewhere in this version")
+
+
+@pytest.fixture
+def this_file_under_the_interpreter(request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Runs the test's file once more in a process with TRITON_INTERPRET=1; Triton decides at its first import."""
+
+    def run() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment.pop("CHELA_BACKEND", None)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(request.path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+    return run

@@ -6,8 +6,6 @@ its own with TRITON_INTERPRET=1.
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,12 +24,8 @@ NAMES = ("x", "log_time", "frequency", "residue", "short", "scale", "bias")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
-def test_the_kernels_pass_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("CHELA_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+def test_the_kernels_pass_under_the_interpreter(this_file_under_the_interpreter):
+    this_file_under_the_interpreter()
 
 
 def case(batch, tokens, channels, groups, modes, short, dtype=torch.float32):
