@@ -79,7 +79,7 @@ class FusedAttention(torch.autograd.Function):
             out = y.view(-1, heads * values) @ proj.to(x.dtype).T
         if learns:
             ctx.shape = shape
-            tensors = (q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o, y)
+            tensors = (q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o)  # y is made again
             ctx.save_for_backward(x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors)
         return out.view(batch, time, -1)
 
@@ -91,19 +91,20 @@ class FusedAttention(torch.autograd.Function):
         from chela_plugin.kernels.qkv_activation import launch as activation
 
         x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors = ctx.saved_tensors
-        q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o, y = tensors
+        q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o = tensors
         heads, keys, values, causal = ctx.shape
         batch, time, dim = x.shape
         x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
         with torch.autocast(x.device.type, enabled=False):
             dout = dout.to(x.dtype).reshape(-1, dout.shape[-1])
-            dproj = dout.T @ y.view(-1, heads * values)
-            dy = (dout @ proj.to(x.dtype)).view(y.shape)
+            dy = (dout @ proj.to(x.dtype)).view(batch, time, -1)
+            y = torch.empty_like(dy)
             dfrom_z, dfrom_x = torch.empty_like(from_z), torch.empty_like(from_x)
             gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
             do, _, dskip, dhead_norm, _ = norm.backward(
-                dy, o, v_heads, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], with_dv=False
+                dy, o, v_heads, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], with_dv=False, y=y
             )
+            dproj = dout.T @ y.view(-1, heads * values)
             dq, dk, dv, dlog_decay, _ = attention.backward(
                 q_heads, k_heads, v_heads, log_decay, None, None, None, state, saved, do, None, keys**-0.5, causal
             )

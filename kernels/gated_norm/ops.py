@@ -10,6 +10,7 @@ from chela_plugin.kernels.backend import multiplied_as, ready_for
 from . import triton as kernels
 
 _INPUTS = "Tensor o, Tensor? v, Tensor? skip, Tensor weight, Tensor? gate"
+BACKWARD_BLOCK = 2048  # numbers: 95 registers on sm_90, where 4,096 took 162
 PROGRAMS = 512  # backward: blocks side by side, four waves of an H100; each leaves one partial sum of a weight
 
 
@@ -27,10 +28,10 @@ def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:
     return flat, flat.stride(0)
 
 
-def blocks_of(width: int) -> tuple[int, int]:
-    """Rows and columns of a block."""
+def blocks_of(width: int, size: int) -> tuple[int, int]:
+    """Rows and columns of a block of `size` numbers."""
     columns = max(16, 1 << (width - 1).bit_length())
-    return max(1, 4096 // columns), columns
+    return max(1, size // columns), columns
 
 
 def forward(
@@ -42,7 +43,7 @@ def forward(
     g_rows, stride_g = (o_rows, 0) if gate is None else rows_of(_computed(gate), heads * width)
     rows = o_rows.shape[0]
     y = torch.empty(*o.shape[:-2], heads * width, dtype=o_rows.dtype, device=o.device)
-    block, columns = blocks_of(width)
+    block, columns = blocks_of(width, 4096)
     with ready_for(o):
         kernels.forward[(-(-rows // block), heads)](
             o_rows, v_rows, weight if skip is None else skip, weight, g_rows, y, rows, stride_o, stride_v, stride_g,
@@ -61,11 +62,12 @@ def backward(
     eps: float,
     dgate: Tensor | None = None,
     with_dv: bool = True,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of o, v, skip, weight and gate.
 
     dgate: where the gate's is to be written, rows `[B T, H V]` of o's dtype. with_dv: False leaves out v's, which is
-    skip times o's.
+    skip times o's. y: where forward's result is to be written once more, dense, for who did not keep it.
     """
     heads, width = weight.shape
     o_rows, stride_o = rows_of(_computed(o), heads * width)
@@ -73,7 +75,7 @@ def backward(
     v_rows, stride_v = (o_rows, 0) if v is None else rows_of(_computed(v), heads * width)
     g_rows, stride_g = (o_rows, 0) if gate is None else rows_of(_computed(gate), heads * width)
     rows = o_rows.shape[0]
-    block, columns = blocks_of(width)
+    block, columns = blocks_of(width, BACKWARD_BLOCK)
     all_blocks = -(-rows // block)
     blocks = max(1, -(-all_blocks * heads // PROGRAMS))
     programs = -(-all_blocks // blocks)
@@ -85,10 +87,10 @@ def backward(
     dskip = torch.empty(programs, heads, dtype=torch.float32, device=o.device)
     with ready_for(o):
         kernels.backward[(programs, heads)](
-            dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do, dv, dgate, dweight, dskip,
-            rows, stride_dy, stride_o, stride_v, stride_g, dgate.stride(-2) if gate is not None else 0, eps, blocks,
-            V=width, H=heads, SKIP=skip is not None, DV=with_dv, GATE=gate is not None, BR=block, BV=columns,
-            num_warps=8,
+            dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do if y is None else y, do, dv,
+            dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g,
+            0 if gate is None else dgate.stride(-2), eps, blocks, V=width, H=heads, SKIP=skip is not None, DV=with_dv,
+            GATE=gate is not None, Y=y is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
     dskip = o.new_empty(0) if skip is None else dskip.sum(0).to(skip.dtype)
     return do.to(o.dtype), dv.to(o.dtype), dskip, dweight.sum(0).to(weight.dtype), dgate.to(o.dtype)

@@ -40,11 +40,13 @@ def forward(
 
 @triton.jit
 def backward(
-    dy, o, v, skip, weight, gate, do, dv, dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g,
+    dy, o, v, skip, weight, gate, y, do, dv, dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g,
     stride_dg, eps, blocks, V: tl.constexpr, H: tl.constexpr, SKIP: tl.constexpr, DV: tl.constexpr, GATE: tl.constexpr,
-    BR: tl.constexpr, BV: tl.constexpr,
+    Y: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, h) walks `blocks` blocks of BR rows; dweight `[programs, H, V]` and dskip `[programs, H]` partial."""
+    """Program (i, h) walks `blocks` blocks of BR rows; dweight `[programs, H, V]` and dskip `[programs, H]` partial.
+
+    Y: writes y once more."""
     h = tl.program_id(1)
     column = tl.arange(0, BV)
     at = h * V + column[None, :]
@@ -64,12 +66,15 @@ def backward(
             u += d * value
         r = tl.rsqrt(tl.sum(u * u, axis=1) / V + eps)[:, None]
         p = tl.load(dy + row[:, None] * stride_dy + at, mask=there, other=0.0).to(tl.float32)
+        out = u * r * w[None, :]
         if GATE:
             z = tl.load(gate + row[:, None] * stride_g + at, mask=there, other=0.0).to(tl.float32)
             s = tl.sigmoid(z)
-            dz = p * u * r * w[None, :] * (s + z * s * (1 - s))
-            tl.store(dgate + row[:, None] * stride_dg + at, dz, mask=there)
+            tl.store(dgate + row[:, None] * stride_dg + at, p * out * (s + z * s * (1 - s)), mask=there)
             p *= z * s
+            out *= z * s
+        if Y:
+            tl.store(y + row[:, None] * (H * V) + at, out, mask=there)
         sum_w += tl.sum(p * u * r, axis=0)
         p *= w[None, :]
         du = r * (p - u * (r * r * (tl.sum(p * u, axis=1) / V)[:, None]))
