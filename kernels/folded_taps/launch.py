@@ -105,8 +105,11 @@ def backward(
     scales: Tensor | None,
     length: int,
     causal: bool,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None]:
-    """Gradients of source, ratio_logit, the short kernels (views of one tensor) and scales, in their dtypes."""
+    """Gradients of source, ratio_logit, the short kernels (views of one tensor) and scales, in their dtypes.
+
+    shares: without `source`, `[D, n]` whose sums are the gradient of the last row of scales."""
     shape = shape_of(source, short, scales, length, causal)
     options = _options(source, ratio_logit, short, scales, causal)
     dtaps, device = dtaps.contiguous(), dtaps.device
@@ -114,7 +117,7 @@ def backward(
     block = min(BLOCK, triton.next_power_of_2(columns))
     blocks = triton.cdiv(columns, block)
     inputs = _some(source, ratio_logit, scales, dtaps)[:3]
-    dsource = dratio = shares = None
+    dsource = dratio = None
     if source is not None:
         shares = torch.empty(channels, blocks, dtype=torch.float32, device=device) if scales is not None else None
         dlong = torch.empty(
@@ -139,6 +142,8 @@ def backward(
         flat = _flat(short)
         flat_gradient = dtaps if flat is None else torch.empty_like(flat)
         widest = max(options["WIDTHS"])
+        if source is None and shares is not None:
+            options["LONG"], blocks = True, shares.shape[1]
         kernels.short_gradient[(triton.cdiv(channels, 8),)](
             dtaps if flat is None else flat, inputs[2], dtaps, dtaps if shares is None else shares, flat_gradient,
             dtaps if dscales is None else dscales, channels, centre, columns, blocks,

@@ -10,10 +10,10 @@ from torch import Tensor
 from chela_plugin.kernels.backend import backend, may_read, traced
 from chela_plugin.kernels.packing import check_cu_seqlens
 
-from .modal import MAX_SHORT, modal_conv
+from .modal import MAX_SHORT, modal_conv, short_modal_conv
 from .reference import long_conv_reference
 
-__all__ = ["MAX_SHORT", "long_conv", "modal_conv"]
+__all__ = ["MAX_SHORT", "long_conv", "modal_conv", "short_modal_conv"]
 
 
 def long_conv(

@@ -174,16 +174,26 @@ def _scan(
     )  # fmt: skip
 
 
-def forward(x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, u, states)`; u is `[0]` unless saved with SiLU, states are unless saved."""
+class Known(NamedTuple):
+    """What the backward pass need not find again."""
+
+    plan: Plan
+    matrices: Matrices
+
+
+def forward(
+    x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Known | None]:
+    """`(y, u, states, what is known now)`; u is `[0]` unless saved with SiLU, states are unless saved."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
     states = saved_states(x, f.log_time, cu_seqlens) if save else x.new_empty(0)
     if x.numel() == 0:
-        return y, u, states
+        return y, u, states, None
     plan = plan_for(x, f.log_time.shape[0], f.log_time.shape[1], cu_seqlens)
-    _scan(x, y, u, states, matrices(f, x.dtype, plan), f, plan, silu=silu, save=save)
-    return y, u, states
+    m = matrices(f, x.dtype, plan)
+    _scan(x, y, u, states, m, f, plan, silu=silu, save=save)
+    return y, u, states, Known(plan, m)
 
 
 def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -204,17 +214,20 @@ def backward(
     f: Filter,
     cu_seqlens: Tensor | None,
     silu: bool,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and of each tensor of the filter; None for what was not given."""
+    """Gradients of x and of each tensor of the filter, in their dtypes; None for what was not given.
+
+    But the scale's in shares `[D, n]`, fp32, still to be summed; short taps' and bias' are views of one tensor."""
     log_time, frequency, residue, short, scale, bias = f
     groups, modes = log_time.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (short, scale, bias)]
+        zeros = [None if t is None else torch.zeros_like(t) for t in (short, bias)]
         poles = torch.zeros_like(log_time), torch.zeros_like(frequency), torch.zeros_like(residue)
-        return dx, *poles, zeros[0], zeros[1], zeros[2]
-    plan = plan_for(x, groups, modes, cu_seqlens)
-    m = matrices(f, x.dtype, plan)
+        return dx, *poles, zeros[0], None if scale is None else x.new_zeros(x.shape[2], 1), zeros[1]
+    plan = known.plan if known else plan_for(x, groups, modes, cu_seqlens)
+    m = known.matrices if known else matrices(f, x.dtype, plan)
     du, dshort, dbias = _short_sums(dy, x, u, f, plan, silu)
     adjoints = torch.empty_like(states)
     _scan(du, dx, dx, adjoints, m, f, plan, silu=False, save=True, reverse=True)
@@ -223,7 +236,7 @@ def backward(
     wide: Any = {"dtype": torch.float32, "device": x.device}
     C = blocks.chunk
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
-    scales = torch.empty(0 if scale is None else plan.segments, x.shape[2], **wide)
+    scales = torch.empty(x.shape[2], 0 if scale is None else plan.segments, **wide)
     kernels.modal_sums[grid](
         du, x, states, adjoints, m.taps, m.out, x if scale is None else scale.contiguous(),
         x if plan.places is None else plan.places, *shares, scales, *_common(x, plan), *du.stride(), *x.stride(),
@@ -234,13 +247,13 @@ def backward(
     kernels.modal_gradient[(groups,)](
         *shares, log_time, frequency, residue, *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C, SP=plan.SP
     )
-    return dx, *poles, dshort, None if scale is None else scales.sum(0).to(scale.dtype), dbias
+    return dx, *poles, dshort, None if scale is None else scales, dbias
 
 
 def _short_sums(
     dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy behind SiLU(u), and the gradients of the short taps and the bias, views of one tensor."""
+    """dy behind SiLU(u), and the gradients of the short taps and the bias."""
     if not silu and f.short is None and f.bias is None:
         return dy, None, None
     channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import backend, may_read, traced
+from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.packing import check_cu_seqlens
 
 from .reference import modal_conv_reference
@@ -85,3 +87,27 @@ def modal_conv(
     if learns:
         return ops.Eager.apply(x, *inputs, cu_seqlens, silu)
     return ops.forward(x, *inputs, cu_seqlens, silu, False)[0]
+
+
+def short_modal_conv(
+    x: Tensor,
+    log_time: Tensor,
+    frequency: Tensor,
+    residue: Tensor,
+    *,
+    kernels: Sequence[Tensor],
+    scales: Tensor,
+    bias: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """`modal_conv` of branches that are not folded yet: short kernels `[D, k]` under the first rows of scales
+    `[len(kernels) + 1, D]`, the modal filter under the last. Otherwise as `modal_conv`."""
+    inputs = (x, log_time, frequency, residue, scales, bias, *kernels)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if learns and kernels and not traced(x) and backend(x.device, x.dtype) == "triton":
+        from . import ops_modal as ops
+
+        return ops.Branches.apply(x, log_time, frequency, residue, scales, bias, silu, *kernels)
+    widest = max((kernel.shape[1] for kernel in kernels), default=1)
+    short = folded_taps(None, length=widest, scales=scales, kernels=kernels) if kernels else None
+    return modal_conv(x, log_time, frequency, residue, short=short, scale=scales[-1], bias=bias, silu=silu)

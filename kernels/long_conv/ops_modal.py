@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from chela_plugin.kernels.backend import multiplied_as, ready_for, traced
 
+from chela_plugin.kernels.folded_taps import launch as folding
+from chela_plugin.kernels.folded_taps.ops import backward_op as folding_op
+
 from . import launch_modal as launch
 
 _NAME = "chela::modal_conv"
@@ -23,7 +26,7 @@ _FILTER = "Tensor log_time, Tensor frequency, Tensor residue, Tensor? short, Ten
 def forward(x, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, save):
     f = launch.Filter(log_time, frequency, residue, short, scale, bias)
     with ready_for(x):
-        y, u, states = launch.forward(x.to(multiplied_as(x)), f, cu_seqlens, silu, save)
+        y, u, states, _ = launch.forward(x.to(multiplied_as(x)), f, cu_seqlens, silu, save)
     return y.to(x.dtype), u, states
 
 
@@ -31,6 +34,8 @@ def backward(dy, x, u, states, log_time, frequency, residue, short, scale, bias,
     f, computed = launch.Filter(log_time, frequency, residue, short, scale, bias), multiplied_as(x)
     with ready_for(x):
         dx, *rest = launch.backward(dy.to(computed), x.to(computed), u, states, f, cu_seqlens, silu)
+    if rest[4] is not None:
+        rest[4] = rest[4].sum(1).to(scale.dtype)
     return dx.to(x.dtype), *(x.new_empty(0) if t is None else t for t in rest)
 
 
@@ -105,3 +110,38 @@ class Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         return _gradient(ctx, dy, None, None, backward_op if traced(dy) else backward)[:9]
+
+
+class Branches(torch.autograd.Function):
+    """`short_modal_conv` for a call that nothing records: the short kernels are folded here, so that a layer is one
+    node of autograd and no gradient is summed twice."""
+
+    @staticmethod
+    def forward(ctx, x, log_time, frequency, residue, scales, bias, silu, *kernels):
+        with ready_for(x):
+            short = folding.forward(None, None, kernels, scales, max(kernel.shape[1] for kernel in kernels), True)
+            f = launch.Filter(log_time, frequency, residue, short, scales[-1], bias)
+            y, u, states, ctx.known = launch.forward(x.to(multiplied_as(x)), f, None, silu, True)
+        ctx.silu = silu
+        ctx.save_for_backward(x, u, states, log_time, frequency, residue, short, scales, bias, *kernels)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, u, states, log_time, frequency, residue, short, scales, bias, *kernels = ctx.saved_tensors
+        width, scale = short.shape[1], scales[-1]
+        if traced(dy):
+            dx, *poles, dshort, dscale, dbias = backward_op(
+                dy, x, u, states, log_time, frequency, residue, short, scale, bias, None, ctx.silu
+            )
+            *_, dscales, dkernels = folding_op(dshort, None, None, scales, kernels, width, True)
+            dscales = torch.cat([dscales[:-1], dscale[None]])
+            return dx, *poles, dscales, None if bias is None else dbias, None, *dkernels
+        f, computed = launch.Filter(log_time, frequency, residue, short, scale, bias), multiplied_as(x)
+        with ready_for(x):
+            dx, *poles, dshort, shares, dbias = launch.backward(
+                dy.to(computed), x.to(computed), u, states, f, None, ctx.silu, ctx.known
+            )
+            *_, dkernels, dscales = folding.backward(dshort, None, None, kernels, scales, width, True, shares)
+        return dx.to(x.dtype), *poles, dscales, dbias, None, *dkernels

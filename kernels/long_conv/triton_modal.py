@@ -292,7 +292,7 @@ def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, 
                segments, per_row, size, blocks, g_b, g_t, g_d, x_b, x_t, x_d,
                C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
                PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """This program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; dscale `[segments, D]`."""
+    """This program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; dscale `[D, segments]`."""
     pid = tl.program_id(0).to(tl.int64)
     g, q, segment, d, live, row, begin, _, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
@@ -340,7 +340,7 @@ def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, 
     # L2 holds L with re and im exchanged, without the sign that i L has.
     tl.store(dturn + pid * (2 * SP) + SP + s, tl.sum(turn_im, 0) * tl.where(s < SP // 2, 1.0, -1.0))
     if SCALE:
-        tl.store(dscale + segment * D + d, acc_scale, live)
+        tl.store(dscale + d * segments + segment, acc_scale, live)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])

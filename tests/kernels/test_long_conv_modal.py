@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from chela_plugin.kernels.long_conv import modal_conv
+from chela_plugin.kernels.long_conv import modal_conv, short_modal_conv
 from chela_plugin.kernels.long_conv.reference import direct, modal_conv_reference, modal_powers, modal_scan, modal_taps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -223,3 +223,20 @@ def test_segments_fill_the_device_and_rows_that_do_so_stay_whole():
     assert modal_segment_size(1, 32768, 64) == 1024
     assert modal_segment_size(1, 4096, 64) == 256
     assert modal_segment_size(1, 1, 64) == 256
+
+
+@interpreted
+@pytest.mark.parametrize("silu", [False, True])
+def test_branches_fold_inside_with_all_gradients(silu):
+    g = torch.Generator().manual_seed(1)
+    leaves, dy = case(2, 130, 6, 2, 3, 7)
+    x, *modes, kernel, _, bias = leaves
+    kernels = [kernel, torch.randn(6, 3, generator=g).requires_grad_()]
+    scales = torch.randn(3, 6, generator=g).requires_grad_()
+    given = [x, *modes, scales, bias, *kernels]
+    y = short_modal_conv(x, *modes, kernels=kernels, scales=scales, bias=bias, silu=silu)
+    found = with_gradients(y, given, dy)
+    wide = doubles(given)  # fp64 runs by the definition
+    y = short_modal_conv(*wide[:4], kernels=wide[6:], scales=wide[4], bias=wide[5], silu=silu)
+    for got, wanted in zip(found, with_gradients(y, wide, dy.double()), strict=True):
+        assert error(got, wanted) < TOLERANCE[torch.float32]
