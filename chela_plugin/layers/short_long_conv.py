@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from chela_plugin.kernels.backend import backend, traced
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.folded_taps.reference import two_sided
-from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv
+from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv, short_modal_conv
 from chela_plugin.kernels.modal_step import modal_step, runs_here
 
 from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
@@ -292,16 +292,11 @@ class ShortLongConv(nn.Module):
     def structured(self, x: Tensor, silu: bool) -> Tensor:
         modal = self.long_kernel
         assert isinstance(modal, ModalKernel)
-        return modal_conv(
-            x,
-            modal.log_time,
-            modal.frequency,
-            modal.residue,
-            short=self.folded_short() if self.short else None,
-            scale=self.long_scale if self.folded else self.branch_scales()[-1],
-            bias=self.branch_bias(),
-            silu=silu,
-        )
+        modes, bias = (modal.log_time, modal.frequency, modal.residue), self.branch_bias()
+        if self.folded:
+            return modal_conv(x, *modes, short=self.short_taps, scale=self.long_scale, bias=bias, silu=silu)
+        kernels, scales = list(self.short_kernels), self.branch_scales()
+        return short_modal_conv(x, *modes, kernels=kernels, scales=scales, bias=bias, silu=silu)
 
     def exact(self, x: Tensor, silu: bool) -> Tensor:
         """All branches of a sequence as one filter as long as it."""
