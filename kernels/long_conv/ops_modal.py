@@ -13,7 +13,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from chela_plugin.kernels.backend import multiplied_as, ready_for, traced
-
 from chela_plugin.kernels.folded_taps import launch as folding
 from chela_plugin.kernels.folded_taps.ops import backward_op as folding_op
 
