@@ -1,6 +1,6 @@
 """Relative error of every op against fp64, beside a peer's on the same inputs, ordinary and adversarial.
 
-    python benchmarks/numerics.py [--device cuda] [--out FILE] [--revision R] [--time T]
+    python benchmarks/numerics.py [--device cuda] [--out FILE] [--revision R] [--time T] [--jobs N]
 
 Error of an output or gradient: norm of the difference over norm of the fp64 definition, on the same rounded inputs.
 Peers: flash-linear-attention on a GPU where it is installed, each of its kernels in the first configuration of its
@@ -16,7 +16,9 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,30 +258,31 @@ def using(backend: str):
             os.environ["CHELA_BACKEND"] = before
 
 
-def rows(device: str, time: int, save: Callable[[dict], None]) -> None:
-    for case in CASES:
-        short = min(time, 64) if case.form == "step by step" else time
-        for adversary in ADVERSARIES:
-            if case.decay in ("none", "taps") and adversary.startswith("decay"):
-                continue
-            for name, dtype in DTYPES.items():
-                x = inputs(case, adversary, short, dtype, device)
-                row: dict[str, Any] = {"op": case.op, "form": case.form, "decay": case.decay, "inputs": adversary}
-                row |= {"dtype": name, "T": short, "errors": {}}
-                try:
-                    with using("reference"):
-                        wanted = outputs(case.ours, {n: value.double() for n, value in x.items()}, dtype)
-                    ours = ["default", "reference"] if device == "cuda" else ["default"]
-                    for who in ours:
-                        with using(who):
-                            row["errors"][f"ours {who}"] = errors(outputs(case.ours, x), wanted)
-                    if case.torch is not None and not (case.torch in LOOPS and short > 300):
-                        row["errors"]["torch"] = errors(outputs(case.torch, x), wanted)
-                    if case.fla is not None and device == "cuda" and importlib.util.find_spec("fla"):
-                        row["errors"]["fla"] = errors(outputs(case.fla, x), wanted)
-                except Exception as error:  # the rest of the table is worth having
-                    row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
-                save(row)
+def rows(number: int, name: str, device: str, time: int) -> list[dict]:
+    """Of the case of that number in CASES, in one dtype: a row for each kind of input."""
+    case, dtype, found = CASES[number], DTYPES[name], []
+    without_search()
+    short = min(time, 64) if case.form == "step by step" else time
+    for adversary in ADVERSARIES:
+        if case.decay in ("none", "taps") and adversary.startswith("decay"):
+            continue
+        x = inputs(case, adversary, short, dtype, device)
+        row: dict[str, Any] = {"op": case.op, "form": case.form, "decay": case.decay, "inputs": adversary}
+        row |= {"dtype": name, "T": short, "errors": {}}
+        try:
+            with using("reference"):
+                wanted = outputs(case.ours, {n: value.double() for n, value in x.items()}, dtype)
+            for who in ["default", "reference"] if device == "cuda" else ["default"]:
+                with using(who):
+                    row["errors"][f"ours {who}"] = errors(outputs(case.ours, x), wanted)
+            if case.torch is not None and not (case.torch in LOOPS and short > 300):
+                row["errors"]["torch"] = errors(outputs(case.torch, x), wanted)
+            if case.fla is not None and device == "cuda" and importlib.util.find_spec("fla"):
+                row["errors"]["fla"] = errors(outputs(case.fla, x), wanted)
+        except Exception as error:  # the rest of the table is worth having
+            row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+        found.append(row)
+    return found
 
 
 def identical(device: str, time: int) -> dict[str, bool]:
@@ -381,29 +384,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--revision", help="of the code, where there is no git repository")
     parser.add_argument("--time", type=int, help="tokens; default 2,000 on a GPU, 200 on a CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the table; compiling is what takes time")
+    parser.add_argument("--parts", default="rows,exact,million", help="what of it; million is timed: run it alone")
     options = parser.parse_args()
     device = options.device
     name = "numerics_h100.json" if device == "cuda" else "numerics_cpu.json"
     out = options.out or Path(__file__).parent / "results" / name
     time = options.time or (2000 if device == "cuda" else 200)
     without_search()
-    record: dict[str, Any] = conditions(options.revision, device) | {"results": []}
+    record: dict[str, Any] = conditions(options.revision, device)
 
     def write() -> None:
         out.write_text(json.dumps(record, indent=1) + "\n")
 
-    if device == "cuda":
+    if device == "cuda" and "million" in options.parts:
         record["million"] = million()
+        write()
         print(json.dumps(record["million"]), flush=True)
-    record["rows_of_padding"] = padded(device)
-    record["twenty_runs_identical"] = identical(device, time)
-    write()
-    print(json.dumps({k: record[k] for k in ("rows_of_padding", "twenty_runs_identical")}), flush=True)
-    rows(device, time, record["results"].append)
-    record["worse"] = worse(record["results"])
-    write()
-    print(table(record["results"]))
-    print("\n".join(["worse than a peer:", *record["worse"]]))
+    if "exact" in options.parts:
+        record["rows_of_padding"] = padded(device)
+        record["twenty_runs_identical"] = identical(device, time)
+        write()
+        print(json.dumps({k: record[k] for k in ("rows_of_padding", "twenty_runs_identical")}), flush=True)
+    if "rows" in options.parts:
+        record["results"] = []
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            started = [pool.submit(rows, i, dtype, device, time) for i in range(len(CASES)) for dtype in DTYPES]
+            for future in started:
+                record["results"] += future.result()
+                write()
+        record["worse"] = worse(record["results"])
+        write()
+        print(table(record["results"]))
+        print("\n".join(["worse than a peer:", *record["worse"]]))
 
 
 if __name__ == "__main__":
