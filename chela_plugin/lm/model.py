@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from chela_plugin.lm.cache import ChelaCache
 from chela_plugin.lm.config import ChelaConfig
+from chela_plugin.lm.fused_block import GatedMLP, kernels_for
 from chela_plugin.lm.hosting import fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import create_mixer
 
@@ -107,8 +108,17 @@ class ChelaBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         cache: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache)
-        return x + self.mlp(self.mlp_norm(x))
+        options = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "cache": cache}
+        linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+        fused = kernels_for(x, (self.mixer_norm, self.mlp_norm), linears) if torch.is_grad_enabled() else None
+        if fused is None:
+            x = x + self.mixer(self.mixer_norm(x), **options)
+            return x + self.mlp(self.mlp_norm(x))
+        eps = self.config.norm_eps
+        normed, x = fused.rms_norm(x, self.mixer_norm.weight, None, None, eps, True)
+        mixed = self.mixer(normed, **options)
+        normed, x = fused.rms_norm(mixed, self.mlp_norm.weight, None, x, eps, True)
+        return x + GatedMLP.apply(normed, *(linear.weight for linear in linears), fused)
 
 
 class ChelaPreTrainedModel(PreTrainedModel):

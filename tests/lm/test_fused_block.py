@@ -1,0 +1,80 @@
+"""A block's fused form against its composed one, with stand-ins for fla's kernels, which need a GPU."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+pytest.importorskip("transformers")
+from chela_plugin.lm import ChelaConfig, ChelaForCausalLM, fused_block, model
+
+
+class Norm(torch.autograd.Function):
+    """fla's rms_norm with prenorm: also returns the sum that it normalised, and takes that sum's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, prenorm):
+        assert prenorm and bias is None
+        total = x.clone() if residual is None else x + residual
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.has_residual = eps, residual is not None
+        return F.rms_norm(total, weight.shape, weight, eps), total
+
+    @staticmethod
+    def backward(ctx, dy, dtotal):
+        total, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = F.rms_norm(total, weight.shape, weight, ctx.eps)
+        dx, dweight = torch.autograd.grad(y, [total, weight], dy)
+        dx = dx + dtotal
+        return dx, dweight, None, dx if ctx.has_residual else None, None, None
+
+
+def swiglu(gate, up, output_contiguous):
+    return F.silu(gate) * up
+
+
+def swiglu_both(gate, up, d, use_weight, output_contiguous):
+    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    with torch.enable_grad():
+        hidden = F.silu(gate) * up
+    return *torch.autograd.grad(hidden, [gate, up], d), hidden.detach()
+
+
+KERNELS = fused_block.Kernels(swiglu, swiglu_both, Norm.apply)
+
+
+def test_the_fused_block_has_the_composed_one_s_outputs_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    config = ChelaConfig(
+        vocab_size=11, hidden_size=32, num_hidden_layers=2, intermediate_size=48, mixer="chela + attention"
+    )
+    lm = ChelaForCausalLM(config).double()
+    for parameter in lm.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=1, std=0.1)
+    tokens = torch.randint(11, (2, 9))
+
+    def outcome():
+        loss = lm(tokens, labels=tokens).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(lm.parameters()))]
+
+    composed = outcome()
+    calls = []
+    monkeypatch.setattr(model, "kernels_for", lambda *_: calls.append(1) or KERNELS)
+    for found, wanted in zip(outcome(), composed, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)  # fp64 sums in two orders
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["hook", "adapter", "dtype"])
+def test_modules_with_hooks_adapters_or_another_dtype_are_called_as_modules(change):
+    linear, norm = nn.Linear(4, 4, bias=False), nn.RMSNorm(4)
+    assert fused_block.plain((norm, linear), torch.float32)
+    if change == "hook":
+        linear.register_forward_hook(lambda *_: None)
+    elif change == "adapter":
+        linear = type("Adapted", (nn.Linear,), {})(4, 4)
+    else:
+        norm.bfloat16()
+    assert not fused_block.plain((norm, linear), torch.float32)
