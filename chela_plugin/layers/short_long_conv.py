@@ -15,8 +15,8 @@ from chela_plugin.kernels.backend import backend, traced
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv, short_modal_conv
-from chela_plugin.kernels.modal_step import modal_step, runs_here
 
+from . import streaming
 from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
 from .mixer import Cache
 
@@ -264,11 +264,13 @@ class ShortLongConv(nn.Module):
 
         `silu`: SiLU of the result; a convolution of a sequence does it, and its gradient, in the same pass.
         """
-        if cache is None and self.runs_structured(x):
+        if cache is not None:
+            return streaming.continued(self, x, mask, cache, silu)
+        if self.runs_structured(x):
             return self.structured(x, silu)
-        if cache is None and self.dims == 1 and self.folds():
+        if self.dims == 1 and self.folds():
             return self.exact(x, silu)
-        y = self.convolved(x, mask, cache, grid)
+        y = self.convolved(x, mask, grid)
         return F.silu(y) if silu else y
 
     def runs_structured(self, x: Tensor) -> bool:
@@ -302,12 +304,10 @@ class ShortLongConv(nn.Module):
         """All branches of a sequence as one filter as long as it."""
         return long_conv(x, self.folded_taps(x.shape[1]), self.branch_bias(), causal=self.causal, silu=silu)
 
-    def convolved(self, x: Tensor, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
-        """What is not one convolution: after a cache, on a grid, or under batch norms while training."""
+    def convolved(self, x: Tensor, mask: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
+        """What is not one convolution: on a grid, or under batch norms while training."""
         if self.dims == 2 and grid is None:
             raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")
-        if cache is not None:
-            return self.continued(x, mask, cache)
         if not self.folds():
             branches = [self.branch(i, x, grid) for i in range(len(self.branch_norms()))]
             return torch.stack([norm(y, mask) for norm, y in zip(self.branch_norms(), branches, strict=True)]).sum(0)
@@ -343,91 +343,16 @@ class ShortLongConv(nn.Module):
         columns = long_conv(columns, two_sided(down[:, :h], up[:, :h]), causal=False)
         return rows.reshape(x.shape) + columns.unflatten(0, (-1, w)).transpose(1, 2).reshape(x.shape)
 
-    def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
-        """An empty history, by default where and as the weights are.
-
-        `modal` keeps its modes' state and the last k - 1 inputs; the others keep all inputs.
-        """
+    def init_cache(self, batch_size: int, *, device=None, dtype=None, max_tokens: int | None = None) -> Cache:
+        """An empty history, by default where and as the weights are; what it keeps and costs: `streaming.py`."""
         weight = next(self.parameters())
-        device, dtype = device or weight.device, dtype or weight.dtype
-        cache = {"conv_inputs": torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)}
-        if isinstance(self.long_kernel, ModalKernel):
-            modes = self.long_kernel.log_time.shape[1]
-            double = dtype == torch.float64
-            cache["conv_modes"] = torch.zeros(
-                batch_size, self.dim, modes, device=device, dtype=torch.complex128 if double else torch.complex64
-            )
-        return cache
+        return streaming.init_cache(self, batch_size, device or weight.device, dtype or weight.dtype, max_tokens)
 
-    def continued(self, x: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-        """The tokens of x after those in the cache; equal to the same rows of one long call.
-
-        Padding stands on the left of x and is zero: it goes before what the cache holds, so that real tokens stay
-        neighbours.
-        """
-        if self.norm == "batch" and self.training and not self.folded:
-            raise RuntimeError(
-                "a cache goes with eval mode: batch norms take statistics over all tokens while training"
-            )
-        tokens = x.shape[1]
-        if tokens == 1 and mask is None and isinstance(self.long_kernel, ModalKernel) and self.steps_at_once(x):
-            modal, raw = self.long_kernel, not self.folded
-            y, cache["conv_inputs"], cache["conv_modes"] = modal_step(
-                x[:, 0],
-                cache["conv_inputs"].to(x.dtype),
-                cache["conv_modes"],
-                list(self.short_kernels) if raw else [self.short_taps],
-                self.scales if raw else None,
-                self.scales[-1] if raw else self.long_scale,
-                self.bias,
-                (modal.log_time, modal.frequency, modal.residue),
-            )
-            return y[:, None]
-        inputs = torch.cat([cache["conv_inputs"].to(x.dtype), x], dim=1)  # [B, seen + T, D]
-        if mask is not None:
-            real = F.pad(mask, (inputs.shape[1] - tokens, 0), value=True)
-            inputs = inputs.gather(1, real.to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(inputs))
-        if not isinstance(self.long_kernel, ModalKernel):
-            taps = self.folded_taps(inputs.shape[1])
-            if self.long == "none":
-                cache["conv_inputs"] = inputs[:, max(inputs.shape[1] - taps.shape[1] + 1, 0) :]
-            else:
-                cache["conv_inputs"] = inputs
-            return tail_conv(inputs, taps, tokens) + self.folded_bias().to(x.dtype)
-        short = self.folded_short()
-        y = tail_conv(inputs, short, tokens) + self.folded_bias().to(x.dtype)
-        cache["conv_inputs"] = inputs[:, max(inputs.shape[1] - short.shape[1] + 1, 0) :]
-        scale = precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1]
-        modal = self.long_kernel
-        state = cache["conv_modes"]  # [B, D, modes]: sum over seen inputs of p^(distance to the last one) x
-        powers = modal.powers(torch.arange(tokens + 1, device=x.device)).repeat_interleave(self.group_size, dim=0)
-        residues = modal.residues().repeat_interleave(self.group_size, dim=0)  # [D, modes]
-        wide = precise(x)
-        carried = torch.einsum("bdm,dm,dmt->btd", state, residues, powers[..., 1:]).real
-        decay = powers[..., -1]
-        if mask is not None:
-            age = mask.long().cumsum(1)  # [B, T]: real tokens of this call, up to and with t
-            carried = carried.gather(1, (age - 1).clamp(min=0)[..., None].expand_as(carried))
-            decay = powers[..., age[:, -1]].movedim(-1, 0)
-        within = wide * self.long_taps(1)[0, :, 0] if tokens == 1 else long_conv(wide, self.long_taps(tokens)[0])
-        cache["conv_modes"] = state * decay + torch.einsum(
-            "btd,dmt->bdm", wide.to(powers.dtype), powers[..., :-1].flip(-1)
-        )
-        return y + ((carried + within) * scale).to(x.dtype)
-
-    def steps_at_once(self, x: Tensor) -> bool:
-        """Whether one kernel takes a decoding step of this convolution."""
-        return (self.norm == "scale" or self.folded) and runs_here(x)
+    def advance(self, cache: Cache) -> None:
+        """After each replay of a CUDA graph that holds a step: what the graph can't do (`streaming.py`)."""
+        if streaming.looks_ahead(self):
+            streaming.advance(self, cache)
 
     def extra_repr(self) -> str:
         names = ("causal", "short", "long", "norm", "dims")
         return f"{self.dim}, " + ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-
-def tail_conv(inputs: Tensor, taps: Tensor, tokens: int) -> Tensor:
-    """The last `tokens` outputs of the causal convolution of `inputs` `[B, S, D]` with taps `[D, L]`."""
-    if tokens == 1:
-        window = inputs[:, max(inputs.shape[1] - taps.shape[1], 0) :]
-        kernel = taps[:, : window.shape[1]].flip(-1).to(torch.promote_types(taps.dtype, window.dtype))
-        return torch.einsum("bsd,ds->bd", window.to(kernel.dtype), kernel)[:, None].to(inputs.dtype)
-    return long_conv(inputs, taps)[:, -tokens:]

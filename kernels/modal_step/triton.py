@@ -3,7 +3,7 @@
 For a channel d of group r, with modes p_m = exp(-exp(-log_time)) (cos f, sin f) and residues c_m:
 
     state_m = p_m state_m + x
-    y = bias + sum_b scale_b sum_lag taps_b[lag] x[lag] + long_scale Re sum_m c_m (1 - |p_m|) state_m
+    y = bias + sum_lag short[lag] x[lag] + long_scale Re sum_m c_m (1 - |p_m|) state_m
 """
 
 from __future__ import annotations
@@ -14,32 +14,27 @@ import triton.language as tl
 
 @triton.jit
 def step(
-    x, history, state, taps, scales, long_scale, bias, log_time, frequency, residue, y, new_history, new_state,
-    channels, seen, kept, stride_x, stride_hb, stride_ht,
-    LAGS: tl.constexpr, BRANCHES: tl.constexpr, TAPS: tl.constexpr, WIDEST: tl.constexpr, SCALED: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    x, history, state, short, bias, long_scale, log_time, frequency, residue, y, channels, stride_x,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, block of BD channels). history `[B, seen, D]`, its last row the newest; new_history `[B, kept, D]`;
-    states `[B, D, M, 2]`; tap j of the concatenated taps `[D, TAPS]` stands at LAGS[j] in branch BRANCHES[j]."""
+    """Program (row, block of BD channels). history `[B, TAPS - 1, D]`, its last row the newest, and states
+    `[B, D, M, 2]` are overwritten: each element is read and written by one program alone."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     there = d < channels
     now = tl.load(x + row * stride_x + d, mask=there, other=0.0)
     total = tl.load(bias + d, mask=there, other=0.0).to(tl.float32)
-    for lag in tl.static_range(WIDEST):
-        if lag == 0:
-            value = now
-        else:
-            value = tl.load(
-                history + row * stride_hb + (seen - lag) * stride_ht + d, mask=there & (lag <= seen), other=0.0
-            )
-        for j in tl.static_range(TAPS):
-            if LAGS[j] == lag:
-                tap = tl.load(taps + d * TAPS + j, mask=there, other=0.0).to(tl.float32)
-                if SCALED:
-                    tap *= tl.load(scales + BRANCHES[j] * channels + d, mask=there, other=0.0).to(tl.float32)
-                total += tap * value.to(tl.float32)
-        tl.store(new_history + (row * kept + kept - 1 - lag) * channels + d, value, mask=there & (lag < kept))
+    past = history + row * (TAPS - 1) * channels + d
+    # From the oldest input on: the place that an input moves to held the one before it, which has been read.
+    for i in tl.static_range(TAPS):
+        lag: tl.constexpr = TAPS - 1 - i
+        value = now
+        if lag > 0:
+            value = tl.load(past + i * channels, mask=there, other=0.0)
+        tap = tl.load(short + d * TAPS + lag, mask=there, other=0.0).to(tl.float32)
+        total += tap * value.to(tl.float32)
+        if i > 0:
+            tl.store(past + (i - 1) * channels, value, mask=there)
     m = tl.arange(0, BM)
     mode = (d // GROUP)[:, None] * M + m[None, :]
     live = there[:, None] & (m < M)[None, :]
@@ -53,10 +48,12 @@ def step(
     s_re, s_im = tl.load(state + at, mask=live, other=0.0), tl.load(state + at + 1, mask=live, other=0.0)
     n_re = s_re * re - s_im * im + now.to(tl.float32)[:, None]
     n_im = s_re * im + s_im * re
-    tl.store(new_state + at, n_re, mask=live)
-    tl.store(new_state + at + 1, n_im, mask=live)
+    tl.store(state + at, n_re, mask=live)
+    tl.store(state + at + 1, n_im, mask=live)
     c_re = tl.load(residue + mode * 2, mask=live, other=0.0).to(tl.float32)
     c_im = tl.load(residue + mode * 2 + 1, mask=live, other=0.0).to(tl.float32)
     far = tl.sum(tl.where(live, gap * (c_re * n_re - c_im * n_im), 0.0), axis=1)
     total += tl.load(long_scale + d, mask=there, other=0.0).to(tl.float32) * far
+    if SILU:
+        total = total * tl.sigmoid(total)
     tl.store(y + row * channels + d, total, mask=there)
