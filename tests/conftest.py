@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 NIGHTLY_EXAMPLES = 2_000
+INTERPRETED_SECONDS = {"ci": 900, "nightly": 4 * 3600}  # for one file; an interpreted example takes about a second
 
 settings.register_profile("ci", max_examples=100, deadline=None)
 settings.register_profile("nightly", max_examples=NIGHTLY_EXAMPLES, deadline=None, print_blob=True)
@@ -46,7 +47,8 @@ def this_file_under_the_interpreter(request: pytest.FixtureRequest) -> Callable[
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         environment.pop("CHELA_BACKEND", None)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(request.path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        timeout = INTERPRETED_SECONDS[settings.get_current_profile_name()]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
     return run
