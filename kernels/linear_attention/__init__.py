@@ -104,9 +104,14 @@ def _triton(
     save = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state)
     )
-    # Without a gradient an eager call goes round the dispatcher, which costs more host time than the launch.
-    run = ops.forward_op if save or traced(q) else ops.forward
-    o, state, _ = run(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, want_state, save)
+    arguments = (q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, want_state)
+    state: Tensor | None
+    if traced(q):
+        o, state, _ = ops.forward_op(*arguments, save)
+    elif save:
+        o, state = ops.Eager.apply(*arguments)
+    else:
+        o, state, _ = ops.forward(*arguments, False)
     if not want_state:  # an operator has an empty tensor in its place
         state = None
     if pad_K or pad_V:

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import precision
+from chela_plugin.kernels.launching import Launcher
 
-from . import triton as kernels
+from . import triton as causal
 from . import triton_bidirectional as both
 from .configs import Blocks, bidirectional_segment_size, blocks_for, fits_one_program, segment_size
+
+segment_table, cumulative_decay = Launcher(causal.segment_table), Launcher(causal.cumulative_decay)
+forward_walk, backward_walk = Launcher(causal.forward), Launcher(causal.backward)
+gather, scan = Launcher(causal.gather), Launcher(causal.scan)
+decay_gradient, step_kernel = Launcher(causal.decay_gradient), Launcher(causal.step)
+both_forward, both_backward = Launcher(both.forward), Launcher(both.backward)
+read_forward, read_backward = Launcher(both.read_forward), Launcher(both.read_backward)
 
 DECAY_NONE, DECAY_STATIC, DECAY_PER_TOKEN = 0, 1, 2
 SCAN_BLOCK = 1024
@@ -70,8 +78,8 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
     table = torch.zeros(segments, 2, dtype=torch.int64, device=q.device)
     owner = torch.zeros(segments, dtype=torch.int32, device=q.device)
     first = torch.empty(rows + 1, dtype=torch.int64, device=q.device)
-    kernels.segment_table[(rows,)](
-        cu_seqlens.contiguous(), table, owner, first, rows, time, size, segments, BLOCK=256
+    segment_table(
+        (rows,), (cu_seqlens.contiguous(), table, owner, first), (rows, time, size, segments), BLOCK=256
     )  # fmt: skip
     return Cut(rows, segments, size, 1, table, owner, first)
 
@@ -129,8 +137,9 @@ def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Deca
     batch, time, heads = log_decay.shape
     stride = (_blocks(batch * time, chunk) + plan.segments) * chunk
     g = torch.empty(heads, stride, dtype=torch.float32, device=q.device)
-    kernels.cumulative_decay[(plan.segments * _blocks(plan.size, chunk),)](
-        log_decay, g, _or(plan.cuts, q), time, heads, plan.size, plan.per_row, *log_decay.stride(), stride,
+    cumulative_decay(
+        (plan.segments * _blocks(plan.size, chunk),), (log_decay, g, _or(plan.cuts, q)),
+        (time, heads, plan.size, plan.per_row, *log_decay.stride(), stride),
         VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, width_block(heads)), num_warps=4,
     )  # fmt: skip
     return Decay(DECAY_PER_TOKEN, log_decay, g, stride)
@@ -164,9 +173,10 @@ def causal_forward(
         if save:
             saved = carry if ends is None else ends
     o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
-    kernels.forward[(plan.segments * heads * _blocks(V, columns),)](
-        q, k, v, o, decay.log_decay, decay.g, decay.stride, _or(carry, q), _or(ends, q), _or(plan.cuts, q), scale,
-        time, heads, plan.size, plan.per_row, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+    forward_walk(
+        (plan.segments * heads * _blocks(V, columns),),
+        (q, k, v, o, decay.log_decay, decay.g, _or(carry, q), _or(ends, q), _or(plan.cuts, q)),
+        (decay.stride, scale, time, heads, plan.size, plan.per_row, *_strides(q, k, v)),
         K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=decay.kind, CARRY=carry is not None,
         END=ends is not None, VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype),
         STAGES=blocks.stages, num_warps=blocks.warps,
@@ -218,11 +228,11 @@ def causal_backward(
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     dots = torch.empty(2, k_columns if decay.kind else 0, heads, batch * time, dtype=torch.float32, device=q.device)
     grid = (plan.segments * heads * (2 * k_columns + _blocks(V, XV)),)
-    kernels.backward[grid](
-        q, k, v, do, dq, dk, dv, dots[0], dots[1], batch * time, decay.log_decay, decay.g, decay.stride,
-        _or(before, dots), _or(after, dots), _or(dinitial, dots), _or(plan.cuts, q), scale, time, heads, plan.size,
-        plan.per_row,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+    backward_walk(
+        grid,
+        (q, k, v, do, dq, dk, dv, dots[0], dots[1], decay.log_decay, decay.g, _or(before, dots), _or(after, dots),
+         _or(dinitial, dots), _or(plan.cuts, q)),
+        (batch * time, decay.stride, scale, time, heads, plan.size, plan.per_row, *_strides(q, k, v, do)),
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
         BEFORE=before is not None, AFTER=after is not None, END=initial_state is not None and not plan.two_levels,
         AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
@@ -233,9 +243,10 @@ def causal_backward(
     static = log_decay.dim() == 1
     shape = (plan.segments, heads) if static else (batch, time, heads)
     ddecay = torch.empty(shape, dtype=torch.float32 if static else log_decay.dtype, device=q.device)
-    kernels.decay_gradient[(plan.segments * heads,)](
-        dots[0], dots[1], _or(inner, dots), log_decay, ddecay, _or(plan.cuts, q), time, heads, plan.size, plan.per_row,
-        batch * time, plan.segments, *((0, 0, 0) if static else log_decay.stride()),
+    decay_gradient(
+        (plan.segments * heads,), (dots[0], dots[1], _or(inner, dots), log_decay, ddecay, _or(plan.cuts, q)),
+        (time, heads, plan.size, plan.per_row, batch * time, plan.segments,
+         *((0, 0, 0) if static else log_decay.stride())),
         K_COLUMNS=k_columns, PARTS=0 if inner is None else inner.shape[0], BLOCK=DECAY_TILE, DECAY=decay.kind,
         VARLEN=plan.cuts is not None, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
@@ -269,19 +280,21 @@ def _segment_starts(
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
     totals = torch.empty(plan.segments, heads, dtype=torch.float32, device=a.device)
-    kernels.gather[(plan.segments * heads * _blocks(X, columns),)](
-        a, b, states, totals, decay.log_decay, decay.g, decay.stride, a, _or(plan.cuts, a), time, heads, plan.size,
-        plan.per_row, *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
+    gather(
+        (plan.segments * heads * _blocks(X, columns),),
+        (a, b, states, totals, decay.log_decay, decay.g, a, _or(plan.cuts, a)),
+        (decay.stride, time, heads, plan.size, plan.per_row, *_strides(a, b)), W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
         DECAY=decay.kind, REVERSE=reverse, MASK=False, SKIP=final is None and not plan.table,
         VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(a.dtype), STAGES=blocks.stages,
         num_warps=blocks.warps,
     )  # fmt: skip
     parts = _blocks(W * X, SCAN_BLOCK)
     inner = None if before is None else totals.new_zeros(parts, plan.segments, heads)
-    kernels.scan[(plan.rows * heads * parts,)](
-        states, totals, _or(initial, states), initial_scale, _or(final, states), final_scale, _or(plan.first, states),
-        _or(before, states), _or(last, states), _or(inner, states), 1.0 / initial_scale, heads, plan.per_row,
-        plan.segments, SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != DECAY_NONE, REVERSE=reverse,
+    scan(
+        (plan.rows * heads * parts,),
+        (states, totals, _or(initial, states), _or(final, states), _or(plan.first, states), _or(before, states),
+         _or(last, states), _or(inner, states)),
+        (initial_scale, final_scale, 1.0 / initial_scale, heads, plan.per_row, plan.segments), SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != DECAY_NONE, REVERSE=reverse,
         INITIAL=initial is not None, FINAL=final is not None, INNER=before is not None, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
     return states, inner
@@ -306,9 +319,10 @@ def bidirectional_forward(
     state = _states(q, plan.rows, heads, K, V) if want_state or not fused else None
     o = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     if fused:
-        both.forward[(plan.rows * heads,)](
-            q, k, v, o, _or(state, q), _or(initial_state, q), _bytes(mask, q), _or(plan.cuts, q), scale, time, heads,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K=K, V=V, BK=width_block(K), BV=width_block(V),
+        both_forward(
+            (plan.rows * heads,),
+            (q, k, v, o, _or(state, q), _or(initial_state, q), _bytes(mask, q), _or(plan.cuts, q)),
+            (scale, time, heads, *_strides(q, k, v)), K=K, V=V, BK=width_block(K), BV=width_block(V),
             BT=blocks.chunk, INITIAL=initial_state is not None, END=want_state, MASK=mask is not None,
             VARLEN=plan.cuts is not None, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
         )  # fmt: skip
@@ -317,9 +331,9 @@ def bidirectional_forward(
     _sum_segments(k, v, plan, blocks.chunk, mask, initial_state, 1.0, [(state, 1.0)])
     blocks = blocks_for("read", K, V, q.element_size(), False)
     columns = min(blocks.columns, width_block(V))
-    both.read_forward[(plan.segments * heads * _blocks(V, columns),)](
-        q, o, state, _or(plan.cuts, q), _or(plan.owner, q), scale, time, heads, plan.size, plan.per_row,
-        *q.stride()[:3], K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, VARLEN=plan.cuts is not None,
+    read_forward(
+        (plan.segments * heads * _blocks(V, columns),), (q, o, state, _or(plan.cuts, q), _or(plan.owner, q)),
+        (scale, time, heads, plan.size, plan.per_row, *_strides(q)), K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, VARLEN=plan.cuts is not None,
         TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     return o, state if want_state else None
@@ -347,9 +361,10 @@ def bidirectional_backward(
     dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
     if fused:
-        both.backward[(plan.rows * heads,)](
-            q, k, v, do, dq, dk, dv, state, _or(dstate, state), _or(dinitial, q), _bytes(mask, q), _or(plan.cuts, q),
-            scale, time, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        both_backward(
+            (plan.rows * heads,),
+            (q, k, v, do, dq, dk, dv, state, _or(dstate, state), _or(dinitial, q), _bytes(mask, q), _or(plan.cuts, q)),
+            (scale, time, heads, *_strides(q, k, v, do)),
             K=K, V=V, BK=width_block(K), BV=width_block(V), BT=blocks.chunk, DSTATE=dstate is not None,
             END=initial_state is not None, MASK=mask is not None, VARLEN=plan.cuts is not None,
             PRECISION=precision(q.dtype), STAGES=min(blocks.stages, 2), num_warps=blocks.warps,
@@ -360,9 +375,10 @@ def bidirectional_backward(
     _sum_segments(q, do, plan, blocks.chunk, None, dstate, 1.0 / scale, outs)
     blocks = blocks_for("read", K, V, q.element_size(), False)
     XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
-    both.read_backward[(plan.segments * heads * (2 * _blocks(K, XK) + _blocks(V, XV)),)](
-        k, v, do, dq, dk, dv, state, R, _bytes(mask, q), _or(plan.cuts, q), _or(plan.owner, q), scale, time, heads,
-        plan.size, plan.per_row, *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+    read_backward(
+        (plan.segments * heads * (2 * _blocks(K, XK) + _blocks(V, XV)),),
+        (k, v, do, dq, dk, dv, state, R, _bytes(mask, q), _or(plan.cuts, q), _or(plan.owner, q)),
+        (scale, time, heads, plan.size, plan.per_row, *_strides(k, v, do)),
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, MASK=mask is not None,
         VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages,
         num_warps=blocks.warps,
@@ -397,16 +413,17 @@ def _sum_segments(
     blocks = blocks_for("gather", W, X, a.element_size(), False)
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
-    kernels.gather[(plan.segments * heads * _blocks(X, columns),)](
-        a, b, states, states, a, a, 0, _bytes(mask, a), _or(plan.cuts, a), time, heads, plan.size, plan.per_row,
-        *a.stride()[:3], *b.stride()[:3], W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
+    gather(
+        (plan.segments * heads * _blocks(X, columns),), (a, b, states, states, a, a, _bytes(mask, a), _or(plan.cuts, a)),
+        (0, time, heads, plan.size, plan.per_row, *_strides(a, b)), W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
         REVERSE=False, MASK=mask is not None, SKIP=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     first, factor = outs[0]
-    kernels.scan[(plan.rows * heads * _blocks(W * X, SCAN_BLOCK),)](
-        states, states, _or(initial, states), initial_scale, first, factor, _or(plan.first, states), states, states,
-        states, 1.0, heads, plan.per_row, plan.segments, SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=False, REVERSE=False,
+    scan(
+        (plan.rows * heads * _blocks(W * X, SCAN_BLOCK),),
+        (states, states, _or(initial, states), first, _or(plan.first, states), states, states, states),
+        (initial_scale, factor, 1.0, heads, plan.per_row, plan.segments), SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=False, REVERSE=False,
         INITIAL=initial is not None, FINAL=True, INNER=False, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
     for other, other_factor in outs[1:]:
@@ -425,9 +442,9 @@ def step(
     new_state = torch.empty_like(state)
     columns = min(STEP_COLUMNS, width_block(V))
     d_b, d_h = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
-    kernels.step[(batch * heads * _blocks(V, columns),)](
-        q, k, v, state, _or(log_decay, q), o, new_state, scale, heads, *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], d_b, d_h, K=K, V=V, BK=width_block(K), BX=columns, DECAY=log_decay is not None, num_warps=4,
+    step_kernel(
+        (batch * heads * _blocks(V, columns),), (q, k, v, state, _or(log_decay, q), o, new_state),
+        (scale, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], d_b, d_h), K=K, V=V, BK=width_block(K), BX=columns, DECAY=log_decay is not None, num_warps=4,
     )  # fmt: skip
     return o, new_state
 
@@ -449,3 +466,8 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 
 def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Batch, time and head strides of each `[B, T, H, width]`."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])

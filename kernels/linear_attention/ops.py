@@ -4,7 +4,8 @@
     chela::linear_attention_backward   gradients of q, k, v, log_decay and initial_state
     chela::linear_attention_step       o, new state; without a gradient
 
-An operator returns an empty tensor for what there is none of; the functions under it return None.
+An operator returns an empty tensor for what there is none of; the functions under it return None. Outside traces a
+call goes round the dispatcher, to these functions or through `Eager`: it costs more host time than the launches.
 Arguments are what `check_inputs` has passed, with widths that fill whole 16-byte rows.
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from chela_plugin.kernels.backend import multiplied_as, ready_for
+from chela_plugin.kernels.backend import multiplied_as, ready_for, traced
 
 from . import launch
 
@@ -67,7 +69,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dtype = q.dtype
     computed = multiplied_as(q)
-    q, k, v, do = q.to(computed), k.to(computed), v.to(computed), do.to(computed)
+    if computed != dtype:
+        q, k, v, do = q.to(computed), k.to(computed), v.to(computed), do.to(computed)
     with ready_for(q):
         if causal:
             dq, dk, dv, ddecay, dinitial = launch.causal_backward(
@@ -79,7 +82,9 @@ def backward(
                 q, k, v, initial_state, cu_seqlens, mask, state, do, dstate, scale
             )
             ddecay = None
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), ddecay, dinitial
+    if computed != dtype:
+        dq, dk, dv = dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    return dq, dk, dv, ddecay, dinitial
 
 
 def step(
@@ -87,10 +92,11 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     computed = multiplied_as(q)
-    q, k, v = q.to(computed), k.to(computed), v.to(computed)
+    if computed != dtype:
+        q, k, v = q.to(computed), k.to(computed), v.to(computed)
     with ready_for(q):
         o, state = launch.step(q, k, v, state, log_decay, scale)
-    return o.to(dtype), state
+    return o if computed == dtype else o.to(dtype), state
 
 
 def _filled(outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -152,25 +158,45 @@ def _step_fake(q, k, v, state, log_decay, scale):
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, causal, _want_state, _save = inputs
+    *tensors, scale, causal, _want_state, _save = inputs
     _o, state, saved = (x if x.numel() else None for x in output)
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, mask, state, saved)
+    _keep(ctx, tensors, scale, causal, state, saved)
+
+
+def _keep(ctx, tensors, scale, causal, state, saved) -> None:
+    ctx.save_for_backward(*tensors, state, saved)
     ctx.scale, ctx.causal = scale, causal
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, do, dstate, _dsaved):
+def _gradient(ctx, do, dstate, _dsaved=None, run=backward_op):
     q, k, v, log_decay, initial_state, *rest = ctx.saved_tensors
     if do is None and dstate is None:
         return (None,) * 11
     if do is None:
         do = v.new_zeros(v.shape)
-    dq, dk, dv, ddecay, dinitial = backward_op(
-        q, k, v, log_decay, initial_state, *rest, do, dstate, ctx.scale, ctx.causal
-    )
+    dq, dk, dv, ddecay, dinitial = run(q, k, v, log_decay, initial_state, *rest, do, dstate, ctx.scale, ctx.causal)
     ddecay = None if log_decay is None else ddecay
     dinitial = None if initial_state is None else dinitial
     return dq, dk, dv, ddecay, dinitial, None, None, None, None, None, None
 
 
 forward_op.register_autograd(_gradient, setup_context=_setup)
+
+
+class Eager(torch.autograd.Function):
+    """`(o, final state or None)` with gradients, for a call that nothing records."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, scale, causal, want_state = arguments
+        o, state, saved = forward(*arguments, True)
+        _keep(ctx, tensors, scale, causal, state, saved)
+        return o, state if want_state else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dstate):
+        return _gradient(ctx, do, dstate, run=backward_op if traced(do if dstate is None else dstate) else backward)[
+            :10
+        ]

@@ -231,7 +231,7 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
 
 
 @triton.jit
-def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, SEG, SEGMENTS,
+def forward(q, k, v, o, log_decay, g, carry, end, cuts, g_stride, scale, T, H, SEG, SEGMENTS,
             q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
             K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BT: tl.constexpr,
             DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
@@ -259,8 +259,8 @@ def forward(q, k, v, o, log_decay, g, g_stride, carry, end, cuts, scale, T, H, S
 
 
 @triton.jit
-def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stride, before, after, dinitial, cuts,
-             scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after, dinitial, cuts,
+             tokens, g_stride, scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
              K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, XK: tl.constexpr, XV: tl.constexpr,
              BT: tl.constexpr, DECAY: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr,
              AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
@@ -343,7 +343,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, tokens, log_decay, g, g_stri
 
 
 @triton.jit
-def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEGMENTS,
+def gather(a, b, out, totals, log_decay, g, mask, cuts, g_stride, T, H, SEG, SEGMENTS,
            a_b, a_t, a_h, b_b, b_t, b_h, W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr,
            BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, MASK: tl.constexpr, SKIP: tl.constexpr,
            VARLEN: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -396,7 +396,7 @@ def gather(a, b, out, totals, log_decay, g, g_stride, mask, cuts, T, H, SEG, SEG
 
 
 @triton.jit
-def scan(states, totals, initial, initial_scale, final, final_scale, first, before, last, inner, inner_scale, H,
+def scan(states, totals, initial, final, first, before, last, inner, initial_scale, final_scale, inner_scale, H,
          SEGMENTS, P,
          SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
          INITIAL: tl.constexpr, FINAL: tl.constexpr, INNER: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip

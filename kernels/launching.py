@@ -1,0 +1,45 @@
+"""Launches a Triton kernel with less work on the host: what Triton finds out anew at each launch is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Launcher:
+    """`Launcher(kernel)(grid, pointers, numbers, **constants)` is `kernel[grid](*pointers, *numbers, **constants)`.
+
+    A Triton launch looks at every argument to choose among the compiled forms of a kernel: some 20 microseconds for forty
+    arguments (H100 host, `benchmarks/NOTES-linear_attention.md`). Here the form is found by one look into a table,
+    whose key is all that the choice depends on: numbers, constants, dtypes, the device, and that every pointer is
+    aligned to 16 bytes (a launch with another one goes to Triton itself, as does every interpreted one).
+
+    The kernel's parameters must come in this order, and each call must name the same constants in the same order.
+    """
+
+    LARGEST_TABLE = 4096  # every length of a sequence makes an entry of its own
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple, tuple[Any, list]] = {}
+
+    def __call__(self, grid: tuple[int], pointers: Sequence[Tensor], numbers: tuple, **constants: Any) -> None:
+        first = pointers[0]
+        addresses = [x.data_ptr() for x in pointers]
+        if first.is_cuda and not any(address & 15 for address in addresses):
+            key = (first.device.index, numbers, *constants.values(), *[x.dtype for x in pointers])
+            found = self.compiled.get(key)
+            if found is not None:
+                compiled, values = found
+                compiled[grid](*addresses, *numbers, *values)
+                return
+        else:
+            key = None
+        compiled = self.kernel[grid](*pointers, *numbers, **constants)
+        if key is not None and compiled is not None:  # None where it is interpreted
+            if len(self.compiled) >= self.LARGEST_TABLE:
+                self.compiled.clear()
+            names = self.kernel.arg_names[len(pointers) + len(numbers) :]
+            self.compiled[key] = compiled, [constants[name] for name in names]
