@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from chela_plugin.kernels.backend import ceil_div, next_power_of_2
 
 from . import triton as kernels
 
@@ -38,7 +39,7 @@ def shape_of(
 ) -> Shape:
     sides = 1 if causal else 2
     channels = channels_of(source, kernels, scales, causal)
-    groups = triton.cdiv(channels, SHORT_GROUP) if source is None else source.shape[0] // sides
+    groups = ceil_div(channels, SHORT_GROUP) if source is None else source.shape[0] // sides
     shared = SHORT_GROUP if source is None else channels // groups
     return Shape(channels, shared, groups, length if causal else 2 * length - 1, 0 if causal else length - 1)
 
@@ -89,8 +90,8 @@ def forward(
     shape = shape_of(source, short, scales, length, causal)
     inputs = _some(source, ratio_logit, _flat(short), scales)
     taps = torch.empty(shape.channels, shape.columns, dtype=torch.float32, device=inputs[0].device)
-    block = min(BLOCK, triton.next_power_of_2(shape.columns))
-    kernels.fold[(shape.groups, triton.cdiv(shape.columns, block))](
+    block = min(BLOCK, next_power_of_2(shape.columns))
+    kernels.fold[(shape.groups, ceil_div(shape.columns, block))](
         *inputs, taps, shape.channels, shape.shared, shape.groups, shape.centre, length, shape.columns, BLOCK=block,
         **_options(source, ratio_logit, short, scales, causal), num_warps=4 if block > 64 else 1,
     )  # fmt: skip
@@ -114,8 +115,8 @@ def backward(
     options = _options(source, ratio_logit, short, scales, causal)
     dtaps, device = dtaps.contiguous(), dtaps.device
     channels, shared, groups, columns, centre = shape
-    block = min(BLOCK, triton.next_power_of_2(columns))
-    blocks = triton.cdiv(columns, block)
+    block = min(BLOCK, next_power_of_2(columns))
+    blocks = ceil_div(columns, block)
     inputs = _some(source, ratio_logit, scales, dtaps)[:3]
     dsource = dratio = None
     if source is not None:
@@ -134,7 +135,7 @@ def backward(
             sub = options["SUB"]
             kernels.sub_kernel_gradient[(source.shape[0],)](
                 *inputs[:2], dlong, dsource, dratio, length, ((length - 1) // sub + 1).bit_length(), S=options["S"],
-                SUB=sub, NODES=triton.next_power_of_2(sub), BLOCK=256, num_warps=4,
+                SUB=sub, NODES=next_power_of_2(sub), BLOCK=256, num_warps=4,
             )  # fmt: skip
     dscales = None if scales is None else torch.empty_like(scales)
     dshort: list[Tensor] = []
@@ -144,11 +145,11 @@ def backward(
         widest = max(options["WIDTHS"])
         if source is None and shares is not None:
             options["LONG"], blocks = True, shares.shape[1]
-        kernels.short_gradient[(triton.cdiv(channels, 8),)](
+        kernels.short_gradient[(ceil_div(channels, 8),)](
             dtaps if flat is None else flat, inputs[2], dtaps, dtaps if shares is None else shares, flat_gradient,
             dtaps if dscales is None else dscales, channels, centre, columns, blocks,
-            ROWS=0 if scales is None else scales.shape[0], NODES=triton.next_power_of_2(widest),
-            BLOCK=min(triton.next_power_of_2(blocks), 64), CHANNELS=8, num_warps=1,
+            ROWS=0 if scales is None else scales.shape[0], NODES=next_power_of_2(widest),
+            BLOCK=min(next_power_of_2(blocks), 64), CHANNELS=8, num_warps=1,
             **{name: options[name] for name in ("WIDTHS", "KERNELS", "SHORT_SCALED", "LONG", "TWO_SIDED")},
         )  # fmt: skip
         if flat is not None:

@@ -6,13 +6,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from chela_plugin.kernels.backend import precision
+from chela_plugin.kernels.backend import ceil_div, precision
 
 from . import triton as kernels
-from .configs import SLAB_BYTES, algorithm, blocks_for, lag_blocks_for
+from .configs import CHUNK_BYTES, SLAB_BYTES, algorithm, blocks_for, lag_blocks_for
 from .reference import fast_length
 
 TILE_T, TILE_D = 64, 64  # of the copies between layouts, which run at a plain copy's speed
@@ -70,15 +69,18 @@ def forward(
     u: with `silu` filled with what SiLU is taken of; an `empty_like(x)`."""
     first, last, centre = lags_of(x.shape[1], taps, causal)
     end = Epilogue(None if bias is None else bias.contiguous(), silu, u)
+    y = empty_like(x)
     if x.numel() == 0:
-        return empty_like(x)
+        return y
     if _algorithm(x, cu_seqlens, first, last, False, how) == "toeplitz":
         M = blocks_for(x.shape[0], x.shape[1], x.dtype).chunk
-        chunks = to_chunks(x, M, places_of(cu_seqlens, x.shape[1], M))
-        return _toeplitz(chunks, taps, end, first, last, centre, 1, x)
-    y = empty_like(x)
+        places = places_of(cu_seqlens, x.shape[1], M)
+        for part in _slabs(x, x.shape[1] * x.element_size(), CHUNK_BYTES):
+            chunks = to_chunks(x[..., part], M, places)
+            _toeplitz(chunks, taps[part], end.of(part), first, last, centre, 1, y[..., part])
+        return y
     n = fast_length(x.shape[1])
-    for part in _slabs(x, n):
+    for part in _slabs(x, 8 * n, SLAB_BYTES):
         spectrum = _spectrum(x[..., part], 0, x.shape[1] - 1, n)
         spectrum.mul_(_spectrum(_as_tokens(taps[part], first, last, centre), first, last, n))
         _from_spectrum(spectrum, y[..., part], end.of(part))
@@ -106,32 +108,34 @@ def backward(
     dx, dtaps, dbias = (taps.new_empty(0) for _ in range(3))  # an operator's outputs may not be one tensor
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(taps), taps.new_zeros(channels if want_bias else 0)
-    if _algorithm(x, cu_seqlens, first, last, True, how) == "toeplitz":
-        M = blocks_for(batch, tokens, x.dtype).chunk
-        places = places_of(cu_seqlens, tokens, M)
-        sums = _sums_of(dy, triton.cdiv(_slots(tokens, M, places) * M, TILE_T)) if want_bias else None
-        dy_chunks = to_chunks(dy, M, places, u, sums)
-        if sums is not None:
-            dbias = sums.sum(0)
-        if want_x:
-            dx = _toeplitz(dy_chunks, taps, Epilogue(), first, last, centre, -1, x)
-        if want_taps:
-            dtaps = _lag_sums(dy_chunks, to_chunks(x, M, places), taps, first, last, centre)
-        return dx, dtaps, dbias
     if want_x:
         dx = empty_like(x)
     if want_taps:
-        dtaps = torch.zeros(taps.shape, dtype=taps.dtype, device=x.device)
+        dtaps = torch.empty(taps.shape, dtype=taps.dtype, device=x.device)
+    if _algorithm(x, cu_seqlens, first, last, True, how) == "toeplitz":
+        M = blocks_for(batch, tokens, x.dtype).chunk
+        places = places_of(cu_seqlens, tokens, M)
+        sums = _sums_of(dy, ceil_div(_slots(tokens, M, places) * M, TILE_T)) if want_bias else None
+        for part in _slabs(x, tokens * x.element_size(), CHUNK_BYTES):
+            before, share = (None if t is None else t[..., part] for t in (u, sums))
+            dy_chunks = to_chunks(dy[..., part], M, places, before, share)
+            if want_x:
+                _toeplitz(dy_chunks, taps[part], Epilogue(), first, last, centre, -1, dx[..., part])
+            if want_taps:
+                _lag_sums(dy_chunks, to_chunks(x[..., part], M, places), dtaps[part], first, last, centre)
+        return dx, dtaps, dbias if sums is None else sums.sum(0)
     n = fast_length(tokens)
-    sums = _sums_of(dy, triton.cdiv(n, TILE_T)) if want_bias else None
-    for part in _slabs(x, n):
+    sums = _sums_of(dy, ceil_div(n, TILE_T)) if want_bias else None
+    if want_taps:
+        dtaps.zero_()  # lags that no two tokens have
+    for part in _slabs(x, 8 * n, SLAB_BYTES):
         h = _spectrum(_as_tokens(taps[part], first, last, centre), first, last, n)
         behind_silu = None if u is None else u[..., part]
         g = _spectrum(dy[..., part], 0, tokens - 1, n, behind_silu, None if sums is None else sums[:, part])
         if want_taps:
             c = torch.empty_like(h)
             spectra = (g, _spectrum(x[..., part], 0, tokens - 1, n), h, c)
-            grid = (h.shape[0], triton.cdiv(n, LINE))
+            grid = (h.shape[0], ceil_div(n, LINE))
             kernels.correlate[grid](*(torch.view_as_real(z) for z in spectra), batch, n, BLOCK=LINE)
             del spectra
             c = torch.fft.ifft(c, norm="forward")
@@ -156,6 +160,12 @@ def _algorithm(x: Tensor, cu_seqlens: Tensor | None, first: int, last: int, back
     if cu_seqlens is not None:
         return "toeplitz"
     return how or algorithm(x.shape[1], first, last, x.dtype, backward=backward)
+
+
+def _slabs(x: Tensor, a_row: int, most: int) -> list[slice]:
+    """Cuts of the channels, 8 or a multiple of it in each, of `most` bytes if that allows; `a_row` bytes a sequence."""
+    channels = max(most // (a_row * x.shape[0]) // 8 * 8, 8)
+    return [slice(d, d + channels) for d in range(0, x.shape[2], channels)]
 
 
 # Toeplitz products ---------------------------------------------------------------------------------------------------
@@ -187,7 +197,7 @@ def places_of(cu_seqlens: Tensor | None, tokens: int, M: int) -> Tensor | None:
 
 
 def _slots(tokens: int, M: int, places: Tensor | None) -> int:
-    return triton.cdiv(tokens, M) if places is None else places.shape[0] // 4
+    return ceil_div(tokens, M) if places is None else places.shape[0] // 4
 
 
 def to_chunks(
@@ -204,38 +214,38 @@ def to_chunks(
     out = torch.empty(channels, slots, batch, M, dtype=x.dtype, device=x.device)
     grid, sizes = _tiles(x.shape, slots * M, TILE_T, TILE_D)
     before = x if u is None else u
+    rows = out if sums is None else sums
     kernels.to_chunks[grid](
-        x, before, out, out if sums is None else sums, x if places is None else places, slots, tokens, channels, *sizes,
-        *x.stride(), *before.stride(), out.stride(2), out.stride(1), out.stride(0), M=M, PACKED=places is not None,
+        x, before, out, rows, x if places is None else places, slots, tokens, channels, *sizes, *x.stride(),
+        *before.stride(), out.stride(2), out.stride(1), out.stride(0), rows.stride(0), M=M, PACKED=places is not None,
         SILU=u is not None, SUM=sums is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return Chunks(out, places)
 
 
 def _toeplitz(
-    chunks: Chunks, taps: Tensor, end: Epilogue, first: int, last: int, centre: int, sign: int, like: Tensor
-) -> Tensor:
-    """The convolution, or with sign = -1 the one with time reversed taps, its transpose; laid out as `like`."""
+    chunks: Chunks, taps: Tensor, end: Epilogue, first: int, last: int, centre: int, sign: int, out: Tensor
+) -> None:
+    """Fills `out` with the convolution, or with sign = -1 the one with time reversed taps, its transpose."""
     x, places = chunks
     channels, slots, batch, M = x.shape
-    tokens = like.shape[1]
+    tokens = out.shape[1]
     blocks = blocks_for(batch, tokens, x.dtype)
     step = blocks.step
     if sign == -1:
         first, last = -last, -first
     low, high = -((last + step - 1) // step), (M - 1 - first) // step
     copies = kernels.COPIES.value
-    P = triton.cdiv((high - low + 1) * step + M - copies, 16) * 16
+    P = ceil_div((high - low + 1) * step + M - copies, 16) * 16
     table = torch.empty(channels, copies, P, dtype=x.dtype, device=x.device)
-    kernels.shifted_taps[(channels, triton.cdiv(P, LINE))](
+    kernels.shifted_taps[(channels, ceil_div(P, LINE))](
         taps, table, centre, first, last, M - copies - low * step, P, *taps.stride(), SIGN=sign, BLOCK=LINE
     )
-    out = empty_like(like)
     direct = places is None and time_first(out)
     y = out if direct else torch.empty_like(x)
     rows = (tokens + 7) // 8 * 8 if direct else slots * M
     y_b, y_i, y_d = (out.stride(0), M, out.stride(2)) if direct else (y.stride(2), y.stride(1), y.stride(0))
-    tiles = triton.cdiv(slots * batch, blocks.columns)
+    tiles = ceil_div(slots * batch, blocks.columns)
     last_pass = {"SILU": end.silu, "SAVE": end.u is not None}
     here = last_pass if direct else {"SILU": False, "SAVE": False}
     u = out if end.u is None else end.u
@@ -251,28 +261,25 @@ def _toeplitz(
             y, out, u, x if places is None else places, slots, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride(),
             M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4, **last_pass,
         )  # fmt: skip
-    return out
 
 
-def _lag_sums(dy: Chunks, x: Chunks, taps: Tensor, first: int, last: int, centre: int) -> Tensor:
-    """sum over b and t of dy[t] x[t - lag], for the lag of each column of taps."""
+def _lag_sums(dy: Chunks, x: Chunks, dtaps: Tensor, first: int, last: int, centre: int) -> None:
+    """Fills dtaps with the sum over b and t of dy[t] x[t - lag], for the lag of each column."""
     channels, slots, batch, chunk = x.data.shape
     dtype, places = x.data.dtype, x.places
     block = lag_blocks_for(dtype)
     M = block.block
-    low, high = -triton.cdiv(-first, M), triton.cdiv(last, M)
+    low, high = -ceil_div(-first, M), ceil_div(last, M)
     count = high - low + 1
-    part = torch.empty(channels, count, 2, M, dtype=torch.float32, device=taps.device)
-    kernels.lag_products[(triton.cdiv(count, 2) * channels,)](
+    part = torch.empty(channels, count, 2, M, dtype=torch.float32, device=dtaps.device)
+    kernels.lag_products[(ceil_div(count, 2) * channels,)](
         x.data, dy.data, part, x.data if places is None else places, batch, slots, count, low, x.data.stride(0) // 8,
         dy.data.stride(0) // 8, CHUNK=chunk, M=M, N=block.rows, PACKED=places is not None, PRECISION=precision(dtype),
         STAGES=block.stages, num_warps=block.warps, maxnreg=block.registers,
     )  # fmt: skip
-    dtaps = torch.empty(taps.shape, dtype=taps.dtype, device=taps.device)
-    kernels.sum_diagonals[(channels, triton.cdiv(taps.shape[1], LINE))](
-        part, dtaps, count, low, centre, first, last, taps.shape[1], M=M, BLOCK=LINE
+    kernels.sum_diagonals[(channels, ceil_div(dtaps.shape[1], LINE))](
+        part, dtaps, count, low, centre, first, last, dtaps.shape[1], M=M, BLOCK=LINE
     )
-    return dtaps
 
 
 def _reads_as_rows(x: Tensor) -> bool:
@@ -281,17 +288,11 @@ def _reads_as_rows(x: Tensor) -> bool:
 
 
 def _tiles(shape: torch.Size, tokens: int, BT: int, BD: int) -> tuple[tuple[int], tuple[int, int]]:
-    t_tiles, d_tiles = triton.cdiv(tokens, BT), triton.cdiv(shape[2], BD)
+    t_tiles, d_tiles = ceil_div(tokens, BT), ceil_div(shape[2], BD)
     return (t_tiles * d_tiles * shape[0],), (t_tiles, d_tiles)
 
 
 # FFT -----------------------------------------------------------------------------------------------------------------
-
-
-def _slabs(x: Tensor, n: int) -> list[slice]:
-    """Cuts of the channels, 8 or a multiple of it in each, with spectra of SLAB_BYTES at most if that allows."""
-    channels = max(SLAB_BYTES // (8 * n * x.shape[0]) // 8 * 8, 8)
-    return [slice(d, d + channels) for d in range(0, x.shape[2], channels)]
 
 
 def _as_tokens(taps: Tensor, first: int, last: int, centre: int) -> Tensor:

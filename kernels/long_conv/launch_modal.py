@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from chela_plugin.kernels.backend import precision
+from chela_plugin.kernels.backend import ceil_div, next_power_of_2, precision
 
 from . import triton_modal as kernels
 from .configs import SHORT_CHANNELS, SHORT_PARTS, SHORT_WARPS, ModalBlocks, modal_blocks_for, modal_segment_size
@@ -43,19 +42,19 @@ def count_segments(batch: int, tokens: int, packed: int | None, groups: int, cha
     """(tokens a segment, segments); packed: how many sequences lie in the one row, or None."""
     size = modal_segment_size(batch if packed is None else 1, tokens, groups * channels_of(groups, channels)[1])
     if packed is None:
-        return size, batch * triton.cdiv(tokens, size)
+        return size, batch * ceil_div(tokens, size)
     return size, tokens // size + packed
 
 
 def channels_of(groups: int, channels: int) -> tuple[int, int]:
     """Channels that a program takes of a group, and programs a group."""
     group = channels // groups
-    width = min(16, triton.next_power_of_2(group))
-    return width, triton.cdiv(group, width)
+    width = min(16, next_power_of_2(group))
+    return width, ceil_div(group, width)
 
 
 def state_places(modes: int) -> int:
-    return max(16, triton.next_power_of_2(2 * modes))
+    return max(16, next_power_of_2(2 * modes))
 
 
 def plan_for(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> Plan:
@@ -63,7 +62,7 @@ def plan_for(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> P
     packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     size, segments = count_segments(batch, tokens, packed, groups, channels)
     width, blocks = channels_of(groups, channels)
-    per_row = triton.cdiv(tokens, size)
+    per_row = ceil_div(tokens, size)
     places = None
     if cu_seqlens is not None:
         cuts = cu_seqlens.to(torch.int64)
@@ -136,7 +135,7 @@ def _options(blocks: ModalBlocks, x: Tensor, plan: Plan) -> dict[str, Any]:
 
 
 def _grid(blocks: ModalBlocks, plan: Plan) -> tuple[int]:
-    return (plan.Q * triton.cdiv(plan.segments, blocks.columns // plan.channels),)
+    return (plan.Q * ceil_div(plan.segments, blocks.columns // plan.channels),)
 
 
 def _starts(x: Tensor, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
@@ -201,7 +200,7 @@ def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None) -> Tens
     batch, tokens, channels = x.shape
     groups, modes = log_time.shape
     chunk = modal_blocks_for(x.dtype, "scan").chunk
-    slots = batch * triton.cdiv(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
+    slots = batch * ceil_div(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
     width, blocks = channels_of(groups, channels)
     return x.new_empty(slots, groups * blocks, width, state_places(modes))
 
@@ -259,7 +258,7 @@ def _short_sums(
     channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]
     before = u if silu else dy
     du = torch.empty_like(u) if silu else dy
-    d_blocks = triton.cdiv(channels, SHORT_CHANNELS)
+    d_blocks = ceil_div(channels, SHORT_CHANNELS)
     shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
     kernels.short_sums[(plan.segments * SHORT_PARTS * d_blocks,)](
         dy, before, x, du, x if plan.places is None else plan.places, shares, x.shape[1], channels, plan.segments,

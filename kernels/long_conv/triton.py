@@ -85,10 +85,10 @@ def _token(t, places, slots, T, M: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "t_tiles", "d_tiles"])
 def to_chunks(x, u, out, sums, places, slots, T, D, t_tiles, d_tiles, x_b, x_t, x_d, u_b, u_t, u_d, out_b, out_i, out_d,
-              M: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, BT: tl.constexpr,
+              sums_t, M: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, BT: tl.constexpr,
               BD: tl.constexpr):  # fmt: skip
     """`[B, T, D]` to `[D, slots, B, M]`, zero behind the last token of a sequence. SILU: x is the gradient behind
-    SiLU(u); SUM: each tile's sum over its tokens, `[B t_tiles, D]`."""
+    SiLU(u); SUM: each tile's sum over its tokens, in B t_tiles rows of `sums`, `sums_t` apart."""
     t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
     held = (d < D)[None, :]
@@ -98,7 +98,7 @@ def to_chunks(x, u, out, sums, places, slots, T, D, t_tiles, d_tiles, x_b, x_t, 
         before = tl.load(u + b * u_b + token[:, None] * u_t + d[None, :] * u_d, live[:, None] & held, other=0.0)
         value = value.to(tl.float32) * _silu_gradient(before.to(tl.float32))
     if SUM:
-        tl.store(sums + (b * t_tiles + t0 // BT) * D + d, tl.sum(value.to(tl.float32), 0), d < D)
+        tl.store(sums + (b * t_tiles + t0 // BT) * sums_t + d, tl.sum(value.to(tl.float32), 0), d < D)
     at = out + b * out_b + (t // M).to(tl.int64)[:, None] * out_i + (t % M)[:, None] + d[None, :] * out_d
     tl.store(at, value.to(out.dtype.element_ty), (t < slots * M)[:, None] & held)
 
@@ -250,7 +250,7 @@ def weigh(x, u, z, sums, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x
           TWO_SIDED: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, BT: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
     """z[d, b, p mod n] += x[b, p - first, d] e^(i angle p), p = first..last, with angle n = pi / 2; |p| < n.
-    SILU and SUM as in `to_chunks`, of one-sided x; rows of sums are `sums_t` apart."""
+    SILU and SUM as in `to_chunks`, of one-sided x."""
     t0, d, b = _tile(t_tiles, d_tiles, BT, BD)
     t = t0 + tl.arange(0, BT)
     row = x + b * x_b + d[None, :] * x_d

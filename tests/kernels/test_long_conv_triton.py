@@ -157,15 +157,18 @@ def test_the_fft_lets_nothing_wrap_around(launch):
 
 
 @interpreted
+@pytest.mark.parametrize("how", ["toeplitz", "fft"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_an_fft_in_slabs_of_channels_is_the_same(launch, causal, monkeypatch):
+def test_slabs_of_channels_are_the_same(launch, how, causal, monkeypatch):
     x, h, bias, dy = case(2, 30, 20, 30, causal)
     found = []
     for size in (1 << 26, 1):
         monkeypatch.setattr(launch, "SLAB_BYTES", size)
-        gradients = launch.backward(dy, x, h, None, causal, True, True, "fft")
-        found.append((launch.forward(x, h, bias, None, causal, "fft"), *gradients))
-    assert len(launch._slabs(x, 30)) == 3
+        monkeypatch.setattr(launch, "CHUNK_BYTES", size)
+        u = launch.empty_like(x)
+        y = launch.forward(x, h, bias, None, causal, how, silu=True, u=u)
+        found.append((y, *launch.backward(dy, x, h, None, causal, True, True, how, want_bias=True, u=u)))
+    assert len(launch._slabs(x, 8 * 30, 1)) == 3
     for one, many in zip(*found, strict=True):
         # Transforms of other batch sizes may round otherwise.
         torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-5)
