@@ -234,13 +234,16 @@ class Chela(Mixer):
         )
         return o
 
-    def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
+    def init_cache(self, batch_size: int, *, device=None, dtype=None, max_tokens: int | None = None) -> Cache:
         """The convolution's history and the attention's state `[B, H, K, V]` (fp32, or fp64 for fp64)."""
         device, dtype = device or self.proj.weight.device, dtype or self.proj.weight.dtype
         state = torch.float64 if dtype == torch.float64 else torch.float32
-        cache = self.conv.init_cache(batch_size, device=device, dtype=dtype)
+        cache = self.conv.init_cache(batch_size, device=device, dtype=dtype, max_tokens=max_tokens)
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
         return cache | {"state": torch.zeros(shape, device=device, dtype=state)}
+
+    def advance(self, cache: Cache) -> None:
+        self.conv.advance(cache)
 
     def reparameterize(self) -> Chela:
         """Fold the convolution's branches, in place; for inference."""

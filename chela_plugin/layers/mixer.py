@@ -6,6 +6,7 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
     forward(x, *, attention_mask=None, cu_seqlens=None, cache=None, grid=None) -> [B, T, C]
     init_cache(batch_size, *, device=None, dtype=None) -> dict of tensors, batch first   (causal mixers that can decode)
     step(x: [B, C], cache) -> [B, C]                                                     (one token; updates the cache)
+    init_cache(..., max_tokens=None), advance(cache)                      (where a cache grows: see `Mixer.advance`)
     reset_parameters()                                                                   (every weight of the mixer)
     path(device) -> str                                                                  (which implementation runs)
     uses_grid: bool                                                                      (if True, hosts pass `grid`)
@@ -62,6 +63,12 @@ class Mixer(nn.Module):
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
         raise NotImplementedError(f"{type(self).__name__} cannot decode token by token")
+
+    def advance(self, cache: Cache) -> None:
+        """What a step does on the host, for a step that is the replay of a CUDA graph; called after each replay.
+
+        A graph can hold a step whose cache was made with `init_cache(..., max_tokens=n)`: then no tensor in it grows.
+        """
 
     def step(self, x: Tensor, cache: Cache) -> Tensor:
         """One token: `x` `[B, C]` to `[B, C]`. Equal to `forward` with T = 1."""

@@ -55,12 +55,12 @@ def init_cache(conv: ShortLongConv, batch_size: int, device, dtype: torch.dtype,
             "conv_inputs": torch.zeros(rows, device=device, dtype=dtype),
             "conv_ahead": torch.zeros(rows if max_tokens else (batch_size, 0, conv.dim), device=device, dtype=wide),
             "conv_position": torch.zeros(batch_size, device=device, dtype=torch.long),
-            "conv_counts": torch.zeros(batch_size, 0, 0, 0, device=device),
+            "conv_counts": torch.zeros(batch_size, 0, 0, 0, device=device, dtype=dtype),
         }
     past = max(conv.short, default=1) - 1
     cache = {
         "conv_inputs": torch.zeros(batch_size, past, conv.dim, device=device, dtype=dtype),
-        "conv_begun": torch.zeros(batch_size, 0, 0, device=device),
+        "conv_begun": torch.zeros(batch_size, 0, 0, device=device, dtype=dtype),
     }
     if isinstance(conv.long_kernel, ModalKernel):
         states = (batch_size, conv.dim, conv.long_kernel.log_time.shape[1])

@@ -16,10 +16,18 @@ class ChelaCache(Cache):
 
     It starts empty; the first forward call fills it, when the batch size is known. What a block keeps, and how that
     grows with the sequence, is its mixer's affair: a recurrent state stays as it is, attention's keys get longer.
+
+    Args:
+        config: the model's.
+        max_cache_len: with a number, as in transformers' StaticCache, there is room for so many tokens from the start
+            and no tensor grows, so that a CUDA graph can hold a step (`decoding.py`).
     """
 
-    def __init__(self, config: ChelaConfig):
+    def __init__(self, config: ChelaConfig, max_cache_len: int | None = None):
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(f"max_cache_len is at least 1, got {max_cache_len}")
         super().__init__(layers=[])
+        self.max_cache_len = max_cache_len
         self.layers: list[dict[str, Tensor]] = []  # type: ignore[assignment]  # transformers' layers hold keys and values
         self.made_for = _signature(config)
         self.seen = 0
@@ -33,6 +41,14 @@ class ChelaCache(Cache):
         if self.layers and self.batch_size not in (-1, batch):
             raise ValueError(f"this cache holds {self.batch_size} rows, the input has {batch}")
 
+    def check_room(self, tokens: int) -> None:
+        """Raise ValueError unless so many more tokens fit."""
+        if self.max_cache_len is not None and self.seen + tokens > self.max_cache_len:
+            raise ValueError(
+                f"this cache has room for {self.max_cache_len} tokens and holds {self.seen}; {tokens} more need a "
+                "larger max_cache_len"
+            )
+
     @property
     def batch_size(self) -> int:
         """Rows held, or -1 while nothing is."""
@@ -43,8 +59,8 @@ class ChelaCache(Cache):
         return self.seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: no limit."""
-        return -1
+        """Tokens that there is room for; -1: no limit."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
 
     @property
     def is_initialized(self) -> bool:

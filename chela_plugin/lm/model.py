@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from chela_plugin.lm.cache import ChelaCache
 from chela_plugin.lm.config import ChelaConfig
+from chela_plugin.lm.decoding import CapturedCall
 from chela_plugin.lm.fused_block import GatedMLP, kernels_for
 from chela_plugin.lm.hosting import fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import create_mixer
@@ -223,11 +225,12 @@ class ChelaModel(ChelaPreTrainedModel):
                 f"past_key_values takes a ChelaCache, got {type(cache).__name__}: a cache of another model"
             )
         cache.check(self.config, batch)
+        cache.check_room(x.shape[1])
         if not cache.layers:
             for layer in self.layers:
                 mixer = cast(Any, layer.mixer)
                 try:
-                    state = mixer.init_cache(batch, device=x.device, dtype=x.dtype)
+                    state = new_state(mixer, batch, x, cache.max_cache_len)
                 except (AttributeError, NotImplementedError) as error:
                     cache.reset()
                     if not asked:
@@ -235,6 +238,18 @@ class ChelaModel(ChelaPreTrainedModel):
                     raise ValueError(f"mixer {str(layer.mixer_spec)!r} has no cache; pass use_cache=False") from error
                 cache.layers.append(state)
         return cache
+
+
+def new_state(mixer: Any, batch: int, x: Tensor, max_tokens: int | None) -> dict[str, Tensor]:
+    """What `mixer` keeps, empty; with room for `max_tokens` where it asks how many there will be."""
+    grows = max_tokens and "max_tokens" in inspect.signature(mixer.init_cache).parameters
+    room = {"max_tokens": max_tokens} if grows else {}
+    return mixer.init_cache(batch, device=x.device, dtype=x.dtype, **room)
+
+
+def output(cache: ChelaCache | None, **fields: Any) -> CausalLMOutputWithPast:
+    """transformers' output, the cache under the name of the version."""
+    return CausalLMOutputWithPast(**fields, **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
 
 class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
@@ -290,12 +305,7 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
                 starts = cu_seqlens.new_zeros(labels.shape[1] + 1).index_fill_(0, cu_seqlens[:-1].long(), 1)
                 labels = labels.masked_fill(starts[:-1].bool().to(labels.device), -100)
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        out = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=out.hidden_states,
-            **{CACHE_NAME: out.get(CACHE_NAME)},
-        )
+        out = output(loss=loss, logits=logits, hidden_states=out.hidden_states, cache=out.get(CACHE_NAME))
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -309,11 +319,37 @@ class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
-        GenerationMixin._prepare_cache_for_generation(cast(Any, self), generation_config, model_kwargs, *args, **kwargs)
+        given = model_kwargs.get(CACHE_NAME)
+        if given is not None:
+            GenerationMixin._prepare_cache_for_generation(
+                cast(Any, self), generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        elif generation_config.cache_implementation not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a ChelaCache is 'dynamic' (the "
+                "default) or 'static'"
+            )
         if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
-            model_kwargs[CACHE_NAME] = ChelaCache(self.config)
+            static = generation_config.cache_implementation == "static"
+            room = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0) if static else None
+            model_kwargs[CACHE_NAME] = ChelaCache(self.config, max_cache_len=room)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Whether `generate` takes `get_compiled_call` for its steps: with a static cache on a CUDA device."""
+        cache = model_kwargs.get(CACHE_NAME)
+        static = isinstance(cache, ChelaCache) and cache.max_cache_len is not None
+        return static and self.device.type == "cuda" and not generation_config.disable_compile
+
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """A CUDA graph where transformers would compile: a step is then one launch, and nothing is compiled anew."""
+        return CapturedCall(self)
 
 
 # In place of the stand-ins of auto.py.

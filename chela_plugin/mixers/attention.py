@@ -54,15 +54,31 @@ class Attention(Mixer):
         return with_weights_of(self, PlainAttention)
 
     def init_cache(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_tokens: int | None = None,
     ) -> Cache:
+        """Keys and values, which grow with the tokens; or with room for `max_tokens`, all of which a step then reads.
+
+        In the latter `place` is where the next token goes, the same in all rows, and `begun` `[B, n, 0]` tells the
+        host, by its shape alone, whether there was one.
+        """
         device, dtype = device or self.proj.weight.device, dtype or self.proj.weight.dtype
-        empty = torch.zeros(batch_size, 0, self.num_heads, self.head_dim, device=device, dtype=dtype)
-        return {
+        room = max_tokens or 0
+        empty = torch.zeros(batch_size, room, self.num_heads, self.head_dim, device=device, dtype=dtype)
+        cache = {
             "key": empty,
             "value": empty.clone(),
             "length": torch.zeros(batch_size, dtype=torch.long, device=device),
         }
+        if room:
+            cache["mask"] = torch.zeros(batch_size, room, dtype=torch.bool, device=device)
+            cache["place"] = torch.zeros(batch_size, dtype=torch.long, device=device)
+            cache["begun"] = torch.zeros(batch_size, 0, 0, dtype=dtype, device=device)
+        return cache
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         batch, time, dim = x.shape
@@ -70,9 +86,12 @@ class Attention(Mixer):
         if self.rope:
             position = self._positions(x, mask, cache)
             q, k = rotate(q, position), rotate(k, position)
-        if cache is not None:
-            k, v, mask = self._remember(k, v, mask, cache)
-        visible = self._visible(time, k.shape[1], mask, x.device)
+        if cache is not None and "place" in cache:
+            k, v, visible = self._remember_in_place(k, v, mask, cache)
+        else:
+            if cache is not None:
+                k, v, mask = self._remember(k, v, mask, cache)
+            visible = self._visible(time, k.shape[1], mask, x.device)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         plain_causal = self.causal and visible is None
         if time == 1:  # it sees all keys; an `and` would hand SDPA a symbol while compiling
@@ -96,6 +115,28 @@ class Attention(Mixer):
         cache["key"] = torch.cat((cache["key"].to(k.dtype), k), dim=1)
         cache["value"] = torch.cat((cache["value"].to(v.dtype), v), dim=1)
         return cache["key"], cache["value"], cache.get("mask")
+
+    def _remember_in_place(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, cache: Cache
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values to attend to, and what each query sees of them, `[B, 1, time, keys]` (None: causal)."""
+        time = k.shape[1]
+        place = cache["place"][:1] + torch.arange(time, device=k.device)
+        here = k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask
+        for name, new in (("key", k), ("value", v), ("mask", here)):
+            new = new.to(cache[name].dtype)
+            if torch.is_grad_enabled():
+                cache[name] = cache[name].index_copy(1, place, new)
+            else:
+                cache[name].index_copy_(1, place, new)
+        cache["place"] = cache["place"] + time
+        cache["length"] = cache["length"] + (time if mask is None else mask.sum(1))
+        begun, cache["begun"] = cache["begun"].shape[1] > 0, k.new_zeros(len(k), 1, 0)
+        if not begun and time > 1:  # a prompt: nothing but itself
+            return k, v, self._visible(time, time, mask, k.device)
+        key = torch.arange(cache["key"].shape[1], device=k.device)
+        visible = (key <= place[:, None]) & cache["mask"][:, None, None, :] | (key == place[:, None])
+        return cache["key"].to(k.dtype), cache["value"].to(v.dtype), visible
 
     def _visible(self, time: int, total: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
         """`[B or 1, 1, time, total]`, True where a query may look; None where SDPA's own causal flag says it all."""

@@ -81,8 +81,11 @@ class Conv(Mixer):
         z = self.conv(self.wi(x), mask=mask, cache=cache, grid=grid, silu=True)
         return self.proj(z * F.silu(self.wg(x)))
 
-    def init_cache(self, batch_size: int, *, device=None, dtype=None) -> Cache:
-        return self.conv.init_cache(batch_size, device=device, dtype=dtype)
+    def init_cache(self, batch_size: int, *, device=None, dtype=None, max_tokens: int | None = None) -> Cache:
+        return self.conv.init_cache(batch_size, device=device, dtype=dtype, max_tokens=max_tokens)
+
+    def advance(self, cache: Cache) -> None:
+        self.conv.advance(cache)
 
     def plain(self) -> nn.Module:
         """The same weights in a form that TorchScript compiles; two-sided mixers only."""

@@ -12,6 +12,7 @@ DECODABLE = [
     "chela(long=explicit)",
     "chela(long=modal)",
     "chela(long=implicit)",
+    "chela(long=multiscale)",
     "attention",
     "linear_attention",
     "gla",
@@ -69,9 +70,24 @@ def test_stepping_equals_one_forward_pass(model):
 def test_a_cache_changes_no_token(model, mode):
     ids = tokens(2, 7)
     kwargs = {"max_new_tokens": 4, "do_sample": False, **mode}
-    with_cache = model.generate(ids, use_cache=True, **kwargs)
-    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **kwargs))
-    assert with_cache.shape[1] > 7
+    without = model.generate(ids, use_cache=False, **kwargs)
+    assert without.shape[1] > 7
+    for implementation in ("dynamic", "static"):
+        assert torch.equal(model.generate(ids, cache_implementation=implementation, **kwargs), without)
+
+
+@torch.no_grad()
+def test_no_tensor_of_a_static_cache_changes_its_shape(model):
+    """What a CUDA graph of a step asks for; `tests/gpu/test_decoding_gpu.py` captures them."""
+    cache = ChelaCache(model.config, max_cache_len=9)
+    model(tokens(2, 5), past_key_values=cache)
+    model(tokens(2, 1), past_key_values=cache)
+    shapes = [{name: t.shape for name, t in layer.items() if t.numel()} for layer in cache.layers]
+    for _ in range(3):
+        model(tokens(2, 1), past_key_values=cache)
+    assert shapes == [{name: t.shape for name, t in layer.items() if t.numel()} for layer in cache.layers]
+    with pytest.raises(ValueError, match="room for 9 tokens and holds 9; 1 more"):
+        model(tokens(2, 1), past_key_values=cache)
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
@@ -81,9 +97,15 @@ def test_a_left_padded_batch_gives_each_row_what_it_gets_alone(model, mode):
     mask[1, :3] = 0
     ids = ids * mask
     kwargs = {"max_new_tokens": 4, "do_sample": False, **mode}
-    together = model.generate(ids, attention_mask=mask, **kwargs)
     alone = model.generate(ids[1:, 3:], **kwargs)
-    assert torch.equal(together[1, 3:], alone[0])
+    for implementation in ("dynamic", "static"):
+        together = model.generate(ids, attention_mask=mask, cache_implementation=implementation, **kwargs)
+        assert torch.equal(together[1, 3:], alone[0])
+
+
+def test_another_implementation_of_the_cache_is_refused(host):
+    with pytest.raises(ValueError, match="'dynamic' \\(the default\\) or 'static'"):
+        host.generate(tokens(1, 3), max_new_tokens=1, cache_implementation="quantized")
 
 
 def test_sampling_runs_and_a_seed_repeats_it(host):
