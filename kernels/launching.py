@@ -11,10 +11,10 @@ from torch import Tensor
 class Launcher:
     """`Launcher(kernel)(grid, pointers, numbers, **constants)` is `kernel[grid](*pointers, *numbers, **constants)`.
 
-    A Triton launch looks at every argument to choose among the compiled forms of a kernel: some 20 microseconds for forty
-    arguments (H100 host, `benchmarks/NOTES-linear_attention.md`). Here the form is found by one look into a table,
-    whose key is all that the choice depends on: numbers, constants, dtypes, the device, and that every pointer is
-    aligned to 16 bytes (a launch with another one goes to Triton itself, as does every interpreted one).
+    A Triton launch looks at every argument to choose among the compiled forms of a kernel: some 20 microseconds for
+    forty arguments (H100 host, `benchmarks/NOTES-linear_attention.md`). Here one look into a table finds the form. Its
+    key is all that the choice depends on: numbers, constants, dtypes, the device, and that every pointer is aligned to
+    16 bytes (a launch with another one goes to Triton itself, as does every interpreted one).
 
     The kernel's parameters must come in this order, and each call must name the same constants in the same order.
     """

@@ -283,7 +283,8 @@ def _segment_starts(
     gather(
         (plan.segments * heads * _blocks(X, columns),),
         (a, b, states, totals, decay.log_decay, decay.g, a, _or(plan.cuts, a)),
-        (decay.stride, time, heads, plan.size, plan.per_row, *_strides(a, b)), W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
+        (decay.stride, time, heads, plan.size, plan.per_row, *_strides(a, b)),
+        W=W, X=X, BW=width_block(W), BX=columns, BT=chunk,
         DECAY=decay.kind, REVERSE=reverse, MASK=False, SKIP=final is None and not plan.table,
         VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(a.dtype), STAGES=blocks.stages,
         num_warps=blocks.warps,
@@ -294,7 +295,8 @@ def _segment_starts(
         (plan.rows * heads * parts,),
         (states, totals, _or(initial, states), _or(final, states), _or(plan.first, states), _or(before, states),
          _or(last, states), _or(inner, states)),
-        (initial_scale, final_scale, 1.0 / initial_scale, heads, plan.per_row, plan.segments), SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != DECAY_NONE, REVERSE=reverse,
+        (initial_scale, final_scale, 1.0 / initial_scale, heads, plan.per_row, plan.segments),
+        SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != DECAY_NONE, REVERSE=reverse,
         INITIAL=initial is not None, FINAL=final is not None, INNER=before is not None, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
     return states, inner
@@ -333,7 +335,8 @@ def bidirectional_forward(
     columns = min(blocks.columns, width_block(V))
     read_forward(
         (plan.segments * heads * _blocks(V, columns),), (q, o, state, _or(plan.cuts, q), _or(plan.owner, q)),
-        (scale, time, heads, plan.size, plan.per_row, *_strides(q)), K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, VARLEN=plan.cuts is not None,
+        (scale, time, heads, plan.size, plan.per_row, *_strides(q)),
+        K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, VARLEN=plan.cuts is not None,
         TABLE=plan.table, PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     return o, state if want_state else None
@@ -414,8 +417,10 @@ def _sum_segments(
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
     gather(
-        (plan.segments * heads * _blocks(X, columns),), (a, b, states, states, a, a, _bytes(mask, a), _or(plan.cuts, a)),
-        (0, time, heads, plan.size, plan.per_row, *_strides(a, b)), W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
+        (plan.segments * heads * _blocks(X, columns),),
+        (a, b, states, states, a, a, _bytes(mask, a), _or(plan.cuts, a)),
+        (0, time, heads, plan.size, plan.per_row, *_strides(a, b)),
+        W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
         REVERSE=False, MASK=mask is not None, SKIP=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
@@ -423,7 +428,8 @@ def _sum_segments(
     scan(
         (plan.rows * heads * _blocks(W * X, SCAN_BLOCK),),
         (states, states, _or(initial, states), first, _or(plan.first, states), states, states, states),
-        (initial_scale, factor, 1.0, heads, plan.per_row, plan.segments), SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=False, REVERSE=False,
+        (initial_scale, factor, 1.0, heads, plan.per_row, plan.segments),
+        SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=False, REVERSE=False,
         INITIAL=initial is not None, FINAL=True, INNER=False, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
     for other, other_factor in outs[1:]:
@@ -444,7 +450,8 @@ def step(
     d_b, d_h = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
     step_kernel(
         (batch * heads * _blocks(V, columns),), (q, k, v, state, _or(log_decay, q), o, new_state),
-        (scale, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], d_b, d_h), K=K, V=V, BK=width_block(K), BX=columns, DECAY=log_decay is not None, num_warps=4,
+        (scale, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], d_b, d_h),
+        K=K, V=V, BK=width_block(K), BX=columns, DECAY=log_decay is not None, num_warps=4,
     )  # fmt: skip
     return o, new_state
 

@@ -260,7 +260,8 @@ def forward(q, k, v, o, log_decay, g, carry, end, cuts, g_stride, scale, T, H, S
 
 @triton.jit
 def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after, dinitial, cuts,
-             tokens, g_stride, scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+             tokens, g_stride, scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+             do_b, do_t, do_h,
              K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, XK: tl.constexpr, XV: tl.constexpr,
              BT: tl.constexpr, DECAY: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, END: tl.constexpr,
              AFTER_SCALED: tl.constexpr, VARLEN: tl.constexpr, TABLE: tl.constexpr,
