@@ -107,7 +107,21 @@ class Matrices(NamedTuple):
     turn: Tensor
 
 
-def matrices(f: Filter, dtype: torch.dtype, plan: Plan) -> Matrices:
+class View(NamedTuple):
+    """A tensor's first token in the order of a scan, and its strides; those of time are negative in reverse order."""
+
+    start: Tensor
+    strides: tuple[int, ...]
+
+
+def view_of(x: Tensor, flipped: bool) -> View:
+    if not flipped:
+        return View(x, x.stride())
+    batch, tokens, channels = x.stride()
+    return View(x[:, -1:], (batch, -tokens, channels))
+
+
+def matrices(f: Filter, dtype: torch.dtype, plan: Plan, strict: bool = False) -> Matrices:
     log_time, frequency, residue = (t.contiguous() for t in f[:3])
     groups, modes = log_time.shape
     C = modal_blocks_for(dtype, "scan").chunk
@@ -118,7 +132,9 @@ def matrices(f: Filter, dtype: torch.dtype, plan: Plan) -> Matrices:
         torch.empty(groups, 2, C, plan.SP, dtype=dtype, device=log_time.device),
         torch.empty(groups, 2, 2, plan.SP, **wide),
     )
-    kernels.modal_matrices[(groups,)](log_time, frequency, residue, *made, modes, plan.size, C=C, SP=plan.SP)
+    kernels.modal_matrices[(groups,)](
+        log_time, frequency, residue, *made, modes, plan.size, C=C, SP=plan.SP, STRICT=strict
+    )
     return made
 
 
@@ -138,14 +154,15 @@ def _grid(blocks: ModalBlocks, plan: Plan) -> tuple[int]:
     return (plan.Q * ceil_div(plan.segments, blocks.columns // plan.channels),)
 
 
-def _starts(x: Tensor, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
+def _starts(x: Tensor, flipped: bool, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
     """The states that segments start from, or with `reverse` the adjoint ones that they end with."""
     blocks = modal_blocks_for(x.dtype, "ends")
     ends = torch.empty(plan.segments, plan.Q, plan.channels, plan.SP, dtype=torch.float32, device=x.device)
     starts = torch.empty_like(ends)
     places = x if plan.places is None else plan.places
+    start, strides = view_of(x, flipped)
     kernels.modal_ends[_grid(blocks, plan)](
-        x, ends, into, turn, places, *_common(x, plan), *x.stride(), REVERSE=reverse, **_options(blocks, x, plan)
+        start, ends, into, turn, places, *_common(x, plan), *strides, REVERSE=reverse, **_options(blocks, x, plan)
     )
     rows = 1 if plan.places is not None else plan.rows
     kernels.modal_carry[(plan.Q * rows,)](
@@ -157,17 +174,23 @@ def _starts(x: Tensor, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) ->
 
 def _scan(
     x: Tensor, y: Tensor, u: Tensor, states: Tensor, m: Matrices, f: Filter, plan: Plan, *, silu: bool, save: bool,
-    reverse: bool = False,
+    reverse: bool = False, flipped: bool = False, ahead: int = 0, add: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills y, and with `save` u and states; with `reverse` the transpose of the filter, without bias and SiLU."""
+    """Fills y, and with `save` u and states; with `reverse` the transpose of the filter, without bias and SiLU.
+
+    flipped: over the tokens in reverse order. ahead: short taps in front of lag 0. add: a summand of u, laid out as y.
+    """
     blocks = modal_blocks_for(x.dtype, "scan", f.short is not None)
     into, out = (m.out, m.into) if reverse else (m.into, m.out)
-    starts = _starts(x, into, m.turn, plan, reverse) if plan.carries else None
+    starts = _starts(x, flipped, into, m.turn, plan, reverse) if plan.carries else None
+    x_start, x_strides = view_of(x, flipped)
+    y_start, y_strides = view_of(y, flipped)
+    others = (view_of(t, flipped).start if t is not None and t.numel() else y_start for t in (u, add))
     kernels.modal_scan[_grid(blocks, plan)](
-        x, y, u, states, x if starts is None else starts, m.taps, into, out, m.turn,
+        x_start, y_start, *others, states, x if starts is None else starts, m.taps, into, out, m.turn,
         *(x if t is None else t.contiguous() for t in (f.short, f.scale, f.bias)),
-        x if plan.places is None else plan.places, *_common(x, plan), *x.stride(), *y.stride(),
-        K=0 if f.short is None else f.short.shape[1], SCALE=f.scale is not None,
+        x if plan.places is None else plan.places, *_common(x, plan), *x_strides, *y_strides,
+        K=0 if f.short is None else f.short.shape[1], AHEAD=ahead, ADD=add is not None, SCALE=f.scale is not None,
         BIAS=f.bias is not None and not reverse, SILU=silu, SAVE=save, CARRY=starts is not None, REVERSE=reverse,
         **_options(blocks, x, plan),
     )  # fmt: skip
@@ -244,13 +267,24 @@ def backward(
     log_time, frequency, residue = (t.contiguous() for t in f[:3])
     poles = torch.empty_like(log_time), torch.empty_like(frequency), torch.empty_like(residue)
     kernels.modal_gradient[(groups,)](
-        *shares, log_time, frequency, residue, *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C, SP=plan.SP
+        *shares,
+        log_time,
+        frequency,
+        residue,
+        *poles,
+        modes,
+        plan.Q,
+        grid[0] // plan.Q,
+        plan.blocks,
+        C=C,
+        SP=plan.SP,
+        STRICT=False,
     )
     return dx, *poles, dshort, None if scale is None else scales, dbias
 
 
 def _short_sums(
-    dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool
+    dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool, ahead: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy behind SiLU(u), and the gradients of the short taps and the bias."""
     if not silu and f.short is None and f.bias is None:
@@ -262,7 +296,7 @@ def _short_sums(
     shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
     kernels.short_sums[(plan.segments * SHORT_PARTS * d_blocks,)](
         dy, before, x, du, x if plan.places is None else plan.places, shares, x.shape[1], channels, plan.segments,
-        plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(), *x.stride(), C=64, K=K, PARTS=SHORT_PARTS,
+        plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(), *x.stride(), C=64, K=K, AHEAD=ahead, PARTS=SHORT_PARTS,
         SILU=silu, PACKED=plan.places is not None, BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
     )  # fmt: skip
     found = shares.sum(0)

@@ -20,7 +20,8 @@ gradients are sums over chunks in any order, which `modal_sums` takes in a fixed
     dnear = dU (scale X)^T     dout = dU (scale S)^T     dinto = (scale X) L^T     dturn = L . (scale S)
 
 and `modal_gradient` adds up and takes on to the poles and residues. Short taps run on the ordinary cores: 8 rows one
-token apart are held at once, so that each input is read (7 + taps) / 8 times. `short_sums` takes their gradient and the
+token apart are held at once, so that each input is read (7 + taps) / 8 times. A two-sided filter is two scans, the
+second over tokens in reverse order (negative strides), which adds to what the first left in fp32. `short_sums` takes their gradient and the
 bias' in the pass that takes dy back through SiLU.
 """
 
@@ -59,8 +60,10 @@ def _modes(log_time, frequency, residue, g, s, M, SP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "size"])
-def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size, C: tl.constexpr, SP: tl.constexpr):
-    """Of one group: taps `[C]`; into, out `[2, C, SP]`, for S1 and for S2; turn `[2, 2, SP]`, by C and size tokens."""
+def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size, C: tl.constexpr, SP: tl.constexpr,
+                   STRICT: tl.constexpr):  # fmt: skip
+    """Of one group: taps `[C]`; into, out `[2, C, SP]`, for S1 and for S2; turn `[2, 2, SP]`, by C and size tokens.
+    STRICT: the tap at lag 0 is 0."""
     g = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SP)
     r = tl.arange(0, C)
@@ -80,7 +83,8 @@ def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size,
     tl.store(out + tile + C * SP, tl.where(real, -w_im, -w_re).to(out.dtype.element_ty))
 
     z_re, z_im = _power(log_radius[None, :], turns[None, :], r[:, None])
-    tl.store(taps + g * C + r, tl.sum(tl.where(real, c_re * z_re - c_im * z_im, 0.0), 1))
+    tap = tl.sum(tl.where(real, c_re * z_re - c_im * z_im, 0.0), 1)
+    tl.store(taps + g * C + r, tl.where(r > 0, tap, 0.0) if STRICT else tap)
 
     at = turn + g * (4 * SP) + s
     z_re, z_im = _power(log_radius, turns, tl.full((SP,), C, tl.int32))
@@ -207,15 +211,16 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments,
+def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments,
                per_row, size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
                C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-               SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr,
+               AHEAD: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr,
                REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                STAGES: tl.constexpr):  # fmt: skip
     """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each chunk's state.
 
-    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged."""
+    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged. AHEAD: short taps
+    in front of lag 0. ADD: more summands of u, laid out as y."""
     g, q, segment, d, live, row, begin, before, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
@@ -241,6 +246,7 @@ def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bia
     x += row * x_b + begin * x_t + d * x_d
     y += row * y_b + begin * y_t + d * y_d
     u += row * y_b + begin * y_t + d * y_d
+    add += row * y_b + begin * y_t + d * y_d
     factor = tl.full((N,), 1.0, tl.float32)
     if SCALE:
         factor = tl.load(scale + d, live, other=0.0).to(tl.float32)
@@ -269,7 +275,7 @@ def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bia
         if K > 0:
             xs = ()
             for j in tl.static_range(RUN + K - 1):
-                tt = c * C + h + (j if REVERSE else j - (K - 1))
+                tt = c * C + h + (j - AHEAD if REVERSE else j - (K - 1) + AHEAD)
                 seen = (tt[:, None] + before[None, :] >= 0) & (tt[:, None] < left[None, :])
                 xs = xs + (tl.load(x[None, :] + tt.to(tl.int64)[:, None] * x_t, seen, other=0.0).to(tl.float32),)
             sums = ()
@@ -280,11 +286,13 @@ def modal_scan(x, y, u, states, starts, taps, into, out, turn, short, scale, bia
                 sums = sums + (part,)
             total += _join_run(sums)
         at = t.to(tl.int64)[:, None] * y_t
+        if ADD:
+            total += tl.load(add[None, :] + at, held, other=0.0).to(tl.float32)
         if SILU:
             if SAVE:
                 tl.store(u[None, :] + at, total.to(dtype), held)
             total = total / (1 + tl.exp(-total))
-        tl.store(y[None, :] + at, total.to(dtype), held)
+        tl.store(y[None, :] + at, total.to(y.dtype.element_ty), held)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
@@ -345,8 +353,8 @@ def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
 def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_blocks, g_b, g_t, g_d, u_b, u_t, u_d,
-               x_b, x_t, x_d, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr,
-               PACKED: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+               x_b, x_t, x_d, C: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
+               SILU: tl.constexpr, PACKED: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """SILU: du = dy SiLU'(u), laid out as u. A row of shares, for each of PARTS parts of a segment: what its tokens
     give the short taps `[D, K]`, and behind them the bias `[D]`."""
     pid = tl.program_id(0)
@@ -379,7 +387,7 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
         first = c * C + h
         xs = ()
         for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
-            t = first + (j - (K - 1))
+            t = first + (j - (K - 1) + AHEAD)
             seen = there & (t + before >= 0) & (t < left)
             xs = xs + (tl.load(x + t.to(tl.int64) * x_t, seen, other=0.0).to(tl.float32),)
         for j in tl.static_range(RUN):
@@ -407,7 +415,7 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, M, Q,
-                   parts, blocks, C: tl.constexpr, SP: tl.constexpr):  # fmt: skip
+                   parts, blocks, C: tl.constexpr, SP: tl.constexpr, STRICT: tl.constexpr):  # fmt: skip
     """Sums a group's shares and takes them on to its poles and residues.
 
     Every entry is a real function of z = p^lag: with G = dL/dRe z + i dL/dIm z, what it gives log|p| is
@@ -434,7 +442,10 @@ def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog
         turn_re += tl.load(dturn + pid * (2 * SP) + m) + tl.load(dturn + pid * (2 * SP) + H + m)
         turn_im += tl.load(dturn + pid * (2 * SP) + SP + m) + tl.load(dturn + pid * (2 * SP) + SP + H + m)
     rotated = tl.gather(N, (r[:, None] - r[None, :] + C) % C, 1)
-    dtaps = tl.sum(tl.where(r[:, None] >= r[None, :], rotated, 0.0), 0)[:, None]
+    dtaps = tl.sum(tl.where(r[:, None] >= r[None, :], rotated, 0.0), 0)
+    if STRICT:
+        dtaps = tl.where(r > 0, dtaps, 0.0)
+    dtaps = dtaps[:, None]
     log_radius, turns, live, re, im, loss = _modes(log_time, frequency, residue, g, m, M, SP)
     c_re, c_im = (re * loss)[None, :], (im * loss)[None, :]
 
