@@ -1,0 +1,139 @@
+"""Triton kernels of batch norms over the branches of a convolution, summed, and SiLU behind them.
+
+    mean_i, var_i = over all places of y_i        a_i = weight_i / sqrt(var_i + eps)
+    u = sum_i a_i (y_i - mean_i) + bias_i         z = SiLU(u)
+
+and backward, with g = dz SiLU'(u) and n_i = (y_i - mean_i) / sqrt(var_i + eps),
+
+    dbias_i = sum g        dweight_i = sum g n_i        dy_i = a_i (g - dbias_i / N - n_i dweight_i / N)
+
+The gradient reaches every branch through the same g, so one pass makes all sums and another all dy_i.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton import _slope
+
+
+@triton.jit
+def _outputs(program, tile_rows, tile_columns, h, w, R: tl.constexpr, W: tl.constexpr):
+    """How many places a program of `convolve` made."""
+    rows = tl.minimum(h - program // tile_columns % tile_rows * R, R)
+    return (rows * tl.minimum(w - program % tile_columns * W, W)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["programs", "tile_rows", "tile_columns"])
+def statistics(sums, weight, running_mean, running_var, mean, rstd, scale, programs, tile_rows, tile_columns, h, w,
+               places, D, eps, momentum, R: tl.constexpr, W: tl.constexpr, TRACK: tl.constexpr, BP: tl.constexpr,
+               BC: tl.constexpr):  # fmt: skip
+    """Of one branch, from the partial sums that `convolve` left: mean, rstd and scale a, each `[D]`, and the running
+    statistics (variance unbiased, as torch keeps it)."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    there = c < D
+    total = tl.zeros((BP, BC), tl.float32)
+    for first in range(0, programs, BP):
+        p = first + tl.arange(0, BP)
+        live = (p < programs)[:, None] & there[None, :]
+        total += tl.load(sums + p.to(tl.int64)[:, None] * 2 * D + c[None, :], mask=live, other=0.0)
+    average = tl.sum(total, 0) / places
+    spread = tl.zeros((BP, BC), tl.float32)
+    for first in range(0, programs, BP):
+        p = first + tl.arange(0, BP)
+        live = (p < programs)[:, None] & there[None, :]
+        at = sums + p.to(tl.int64)[:, None] * 2 * D + c[None, :]
+        count = _outputs(p, tile_rows, tile_columns, h, w, R, W)[:, None]
+        away = tl.load(at, mask=live, other=0.0) / count - average[None, :]
+        spread += tl.load(at + D, mask=live, other=0.0) + tl.where(live, count * away * away, 0.0)
+    spread = tl.sum(spread, 0)
+    inverse = 1 / tl.sqrt(spread / places + eps)
+    tl.store(mean + c, average, mask=there)
+    tl.store(rstd + c, inverse, mask=there)
+    tl.store(scale + c, inverse * tl.load(weight + c, mask=there, other=0.0).to(tl.float32), mask=there)
+    if TRACK:
+        old = tl.load(running_mean + c, mask=there, other=0.0).to(tl.float32)
+        tl.store(running_mean + c, old + momentum * (average - old), mask=there)
+        old = tl.load(running_var + c, mask=there, other=0.0).to(tl.float32)
+        tl.store(running_var + c, old + momentum * (spread / tl.maximum(places - 1, 1) - old), mask=there)
+
+
+@triton.jit
+def _sum(y, mean, scale, bias, at, c, live, there, stride, D, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """u of a block."""
+    u = tl.zeros((BR, BC), tl.float32)
+    for i in tl.static_range(N):
+        value = tl.load(y + i * stride + at, mask=live, other=0.0).to(tl.float32)
+        a = tl.load(scale + i * D + c, mask=there, other=0.0)
+        shift = tl.load(bias + i * D + c, mask=there, other=0.0)
+        u += (value - tl.load(mean + i * D + c, mask=there, other=0.0)[None, :]) * a[None, :] + shift[None, :]
+    return u
+
+
+@triton.jit
+def apply(y, mean, scale, bias, z, rows, stride, D, N: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr,
+          BC: tl.constexpr):  # fmt: skip
+    """y `[N, rows, D]`, `stride` between branches; z `[rows, D]`; mean, scale, bias `[N, D]` in fp32."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    there = c < D
+    live = (row < rows)[:, None] & there[None, :]
+    at = row[:, None] * D + c[None, :]
+    u = _sum(y, mean, scale, bias, at, c, live, there, stride, D, N, BR, BC)
+    if SILU:
+        u *= tl.sigmoid(u)
+    tl.store(z + at, u, mask=live)
+
+
+@triton.jit(do_not_specialize=["per_program"])
+def gradient_sums(y, dz, mean, rstd, scale, bias, sums, rows, per_program, stride, D, N: tl.constexpr,
+                  SILU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """sums `[programs, N + 1, D]`: of g n_i for each branch, then of g."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    there = c < D
+    start = tl.program_id(0).to(tl.int64) * per_program
+    weights = ()
+    for _ in tl.static_range(N):
+        weights = weights + (tl.zeros((BR, BC), tl.float32),)
+    total = tl.zeros((BR, BC), tl.float32)
+    for first in range(0, per_program, BR):
+        row = start + first + tl.arange(0, BR)
+        live = (row < rows)[:, None] & there[None, :]
+        at = row[:, None] * D + c[None, :]
+        g = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+        if SILU:
+            g *= _slope(_sum(y, mean, scale, bias, at, c, live, there, stride, D, N, BR, BC))
+        updated = ()
+        for i in tl.static_range(N):
+            value = tl.load(y + i * stride + at, mask=live, other=0.0).to(tl.float32)
+            value = (value - tl.load(mean + i * D + c, mask=there, other=0.0)[None, :]) * tl.load(
+                rstd + i * D + c, mask=there, other=0.0
+            )[None, :]
+            updated = updated + (weights[i] + g * value,)
+        weights = updated
+        total += g
+    at = sums + tl.program_id(0) * (N + 1) * D + c
+    for i in tl.static_range(N):
+        tl.store(at + i * D, tl.sum(weights[i], 0), mask=there)
+    tl.store(at + N * D, tl.sum(total, 0), mask=there)
+
+
+@triton.jit
+def gradient(y, dz, mean, rstd, scale, bias, sums, dy, rows, stride, D, N: tl.constexpr, SILU: tl.constexpr,
+             BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """dy `[N, rows, D]`, as y; sums `[N + 1, D]`, summed."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    there = c < D
+    live = (row < rows)[:, None] & there[None, :]
+    at = row[:, None] * D + c[None, :]
+    g = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
+    if SILU:
+        g *= _slope(_sum(y, mean, scale, bias, at, c, live, there, stride, D, N, BR, BC))
+    g -= (tl.load(sums + N * D + c, mask=there, other=0.0) / rows)[None, :]
+    for i in tl.static_range(N):
+        value = tl.load(y + i * stride + at, mask=live, other=0.0).to(tl.float32)
+        inverse = tl.load(rstd + i * D + c, mask=there, other=0.0)
+        value = (value - tl.load(mean + i * D + c, mask=there, other=0.0)[None, :]) * inverse[None, :]
+        share = tl.load(sums + i * D + c, mask=there, other=0.0) / rows
+        a = tl.load(scale + i * D + c, mask=there, other=0.0)
+        tl.store(dy + i * stride + at, a[None, :] * (g - value * share[None, :]), mask=live)
