@@ -75,7 +75,7 @@ def test_a_cache_that_grows_is_refused_by_name():
     cache = model(tokens(1, 5)).past_key_values
     step = CapturedDecoding(model, cache)
     step(tokens(1, 1))
-    with pytest.raises(ValueError, match="'attention' changes its shape.*max_cache_len"):
+    with pytest.raises(ValueError, match=r"'attention' changes its shape.*max_cache_len"):
         step(tokens(1, 1))
 
 
