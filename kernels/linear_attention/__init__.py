@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from chela_plugin.kernels.backend import backend, may_read, traced
-from chela_plugin.kernels.packing import check_cu_seqlens
+from chela_plugin.kernels.packing import check_cu_seqlens, unread
 from chela_plugin.kernels.precision import without_autocast
 
 from . import reference
@@ -46,13 +46,14 @@ def linear_attention(
         v: `[B, T, H, V]`, V up to 256.
         log_decay: natural logarithm of the decay per step, at most 0, in q's dtype or fp32: `[H]`, or `[B, T, H]`, the
             factor by which the state shrinks before token t is added. `g` is its running sum. Needs `causal`.
-            The sign is checked on a CPU; on CUDA reading it would stall the stream, so it is checked there only under
-            `CHELA_CHECK=1`, and otherwise a decay above 0 yields NaN.
+            Its sign is checked; on a CUDA device, where to read it is to wait for the stream, at the first call of a
+            kind (static or per token, heads, dtype) and under `CHELA_CHECK=1`; else a decay above 0 yields NaN there.
         causal: token t sees tokens up to t; else every token sees every token.
         scale: factor on the output; default K ** -0.5.
         initial_state: S_0 `[B, H, K, V]` (`[N, H, K, V]` with cu_seqlens), fp32 (fp64 for fp64 inputs).
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` integers from 0 to T: B is 1 and N sequences lie behind one another, as in FlashAttention.
+            Its values are checked once for each tensor.
         mask: `[B, T]` bool, True where there is a token. The others add nothing to the state and do not decay it.
 
     Returns:
@@ -120,16 +121,24 @@ def _triton(
 
 
 def linear_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of causal linear attention: `state = exp(log_decay) * state + k^T v`, `o = scale * q state`.
 
     Args:
         q, k: `[B, H, K]`; v: `[B, H, V]`; one dtype, widths up to 256.
-        state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs); it is not modified.
+        state: `[B, H, K, V]` fp32 (fp64 for fp64 inputs); not modified unless `in_place`.
         Where a gradient is asked for, plain PyTorch runs; training goes through `linear_attention`.
         log_decay: `[H]` or `[B, H]`, at most 0.
         scale: factor on the output; default K ** -0.5.
+        in_place: allow the state to be overwritten, which spares a graph of steps a copy; where the kernel runs it is.
 
     Returns:
         `(o, state)`: o `[B, H, V]` in q's dtype, and the new state.
@@ -156,7 +165,26 @@ def linear_attention_step(
             return reference.step(q, k, v, state, log_decay, scale)
     from . import ops
 
-    return (ops.step_op if traced(q) else ops.step)(q, k, v, state, log_decay, scale)
+    if traced(q):
+        return ops.step_op(q, k, v, state, log_decay, scale)
+    return ops.step(q, k, v, state, log_decay, scale, in_place)
+
+
+_right_kinds: set[tuple] = set()
+
+
+def _kind(log_decay: Tensor) -> tuple:
+    return log_decay.dim(), log_decay.shape[-1], log_decay.dtype, log_decay.device
+
+
+def _sign_is_read(log_decay: Tensor) -> bool:
+    """On a CUDA device a first call compiles or loads kernels, so that waiting for the stream costs nothing more there;
+    a wrong sign, or a factor in place of its logarithm, shows at once."""
+    if may_read(log_decay):
+        return True
+    if traced(log_decay) or not log_decay.is_cuda or _kind(log_decay) in _right_kinds:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def check_inputs(
@@ -203,16 +231,19 @@ def check_inputs(
             raise ValueError(f"log_decay must be {q.dtype} or {reference.state_dtype(q.dtype)}, got {log_decay.dtype}")
         if log_decay.device != q.device:
             raise ValueError(f"log_decay must be on {q.device} like q, got {log_decay.device}")
-        if may_read(log_decay) and bool((log_decay > 0).any()):
-            raise ValueError(
-                f"log_decay must be at most 0 (the state may only shrink), got {float(log_decay.max()):.3g}; "
-                "logsigmoid(x) or -softplus(x) gives a valid one"
-            )
+        if _sign_is_read(log_decay):
+            if bool((log_decay > 0).any()):
+                raise ValueError(
+                    f"log_decay must be at most 0 (the state may only shrink), got {float(log_decay.max()):.3g}; "
+                    "logsigmoid(x) or -softplus(x) gives a valid one"
+                )
+            if log_decay.is_cuda:
+                _right_kinds.add(_kind(log_decay))
     rows = batch
     if cu_seqlens is not None:
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
-        check_cu_seqlens(cu_seqlens, batch, time, read=may_read(cu_seqlens))
+        check_cu_seqlens(cu_seqlens, batch, time, read=unread(cu_seqlens, time))
         if mask is not None:
             raise ValueError("cu_seqlens goes without mask: leave the padding out")
         rows = len(cu_seqlens) - 1

@@ -437,15 +437,18 @@ def _sum_segments(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One token: q, k `[B, H, K]`, v `[B, H, V]`, state `[B, H, K, V]`, log_decay `[H]` or `[B, H]`."""
+    """One token: q, k `[B, H, K]`, v `[B, H, V]`, state `[B, H, K, V]`, log_decay `[H]` or `[B, H]`.
+
+    `in_place`: the state is overwritten; each element is read and written by one thread of one program.
+    """
     batch, heads, K = q.shape
     V = v.shape[2]
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     state = state.contiguous()
     o = torch.empty(batch, heads, V, dtype=q.dtype, device=q.device)
-    new_state = torch.empty_like(state)
+    new_state = state if in_place else torch.empty_like(state)
     columns = min(STEP_COLUMNS, width_block(V))
     d_b, d_h = (0, 0) if log_decay is None else (0, *log_decay.stride())[-2:]
     step_kernel(

@@ -88,14 +88,14 @@ def backward(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     computed = multiplied_as(q)
     if computed != dtype:
         q, k, v = q.to(computed), k.to(computed), v.to(computed)
     with ready_for(q):
-        o, state = launch.step(q, k, v, state, log_decay, scale)
+        o, state = launch.step(q, k, v, state, log_decay, scale, in_place)
     return o if computed == dtype else o.to(dtype), state
 
 

@@ -185,14 +185,52 @@ def test_more_elements_than_int32_counts():
         assert error < 5e-3  # another cut into segments: bf16 rounds other sums
 
 
-def test_a_decay_above_zero_is_not_passed_over(monkeypatch):
-    inputs, _, _ = case(1, 300, 4, 64, 64, "token")
-    inputs["log_decay"][0, 100, 2] = 0.5
-    o = linear_attention(**inputs)[0]
-    assert o[0, 100:, 2].isnan().all() and o[0, :, [0, 1, 3]].isfinite().all()
+@pytest.mark.parametrize("decay", ["static", "token"])
+def test_a_decay_above_zero_is_an_error_at_the_first_call_and_not_passed_over_later(decay, monkeypatch):
+    right, _, _ = case(1, 300, 7, 64, 64, decay)  # 7 heads: no other test's decays have this kind
+    wrong = right | {"log_decay": right["log_decay"].clone()}
+    wrong["log_decay"][(..., 2) if decay == "static" else (0, 100, 2)] = 0.5
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at most 0"):
+            linear_attention(**wrong)
+    linear_attention(**right)
+    o = linear_attention(**wrong)[0]
+    heads = [0, 1, 3, 4, 5, 6]
+    assert o[0, 100:, 2].isnan().all() and o[0, :, heads].isfinite().all()
     monkeypatch.setenv("CHELA_CHECK", "1")
     with pytest.raises(ValueError, match="at most 0"):
-        linear_attention(**inputs)
+        linear_attention(**wrong)
+
+
+def test_wrong_cu_seqlens_are_an_error_and_right_ones_are_read_once():
+    inputs, _, _ = case(1, 300, 4, 64, 64, rows=2)
+    for wrong in ([1, 100, 300], [0, 100, 299], [0, 301, 300]):
+        cuts = torch.tensor(wrong, device="cuda")
+        for _ in range(2):
+            with pytest.raises(ValueError, match="cu_seqlens must"):
+                linear_attention(**inputs, cu_seqlens=cuts)
+    cuts = torch.tensor([0, 100, 300], device="cuda")
+    linear_attention(**inputs, cu_seqlens=cuts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_attention(**inputs, cu_seqlens=cuts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cuts[0] = 1  # in place: read again
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        linear_attention(**inputs, cu_seqlens=cuts)
+
+
+def test_launches_go_by_what_they_are_compiled_for():
+    """Lengths, strides and alignment in turn: each finds its own compiled form."""
+    for time, offset in ((300, 0), (256, 0), (300, 1), (257, 8), (256, 8), (300, 0)):
+        inputs, _, _ = case(1, time, 4, 64, 64, "token")
+        inputs["log_decay"] = torch.cat([inputs["log_decay"].flatten()[:offset], inputs["log_decay"].flatten()])[
+            offset:
+        ].view(1, time, 4)
+        o = linear_attention(**inputs)[0]
+        wanted = linear_attention(**{name: x.double() for name, x in inputs.items()})[0]
+        assert_close({"o": o}, {"o": wanted}, torch.bfloat16)
 
 
 def test_compiles_without_a_graph_break():
