@@ -227,7 +227,9 @@ class Chela(Mixer):
         if q.shape[1] == 1:
             if log_decay is not None and log_decay.dim() == 3:
                 log_decay = log_decay[:, 0]
-            o, cache["state"] = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay)
+            o, cache["state"] = linear_attention_step(
+                q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay, in_place=True
+            )
             return o[:, None]
         o, cache["state"] = linear_attention(
             q, k, v, log_decay, initial_state=cache["state"], output_final_state=True, mask=mask

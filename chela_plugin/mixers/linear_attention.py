@@ -165,7 +165,9 @@ def attend(
     if q.shape[1] == 1 and length is None:
         if log_decay is not None and log_decay.dim() == 3:
             log_decay = log_decay[:, 0]
-        o, cache["state"] = kernel.linear_attention_step(q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay, scale)
+        o, cache["state"] = kernel.linear_attention_step(
+            q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay, scale, in_place=True
+        )
         return o[:, None]
     mask = None if length is None else real_tokens(length, q.shape[1])
     o, cache["state"] = kernel.linear_attention(
