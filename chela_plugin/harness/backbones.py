@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Logits(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         if places is None:
@@ -75,6 +76,16 @@ def build(config: Backbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.M
         # timm takes int(dim * ratio): half a unit keeps the product from rounding below the width that was asked for.
         mlp_ratio=(mlp_hidden + 0.5) / config.dim,
     )
+
+
+def pixels(images: Tensor) -> str:
+    """'32 px': the size of images `[N, C, H, W]`."""
+    return f"{images.shape[-1]} px"
+
+
+def resize(model: nn.Module, images: Tensor) -> None:
+    """Carry a vision model to the size of `images` `[N, C, H, W]`, in place: its position embedding is resampled."""
+    model.set_input_size(img_size=tuple(images.shape[-2:]))  # type: ignore[operator]
 
 
 def _sequence_model(config: SequenceBackbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.Module:

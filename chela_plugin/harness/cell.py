@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -163,9 +164,16 @@ class CellRunner:
             model = self.model(run["task"], run["mixer"], run["mlp_hidden"])
             model.load_state_dict(saved[0])
             data = self.data(run["task"], "test")
-            score = training.evaluate(
-                self.fabric.setup(model), data, self.config.training.batch_size, self.fabric.device
-            )
+            wrapped, size = self.fabric.setup(model), self.config.training.batch_size
+            score = training.evaluate(wrapped, data, size, self.fabric.device)
+            if data.other_sizes:
+                score.slices[backbones.pixels(data.inputs)] = score.metric
+            for inputs in data.other_sizes:
+                backbones.resize(model, inputs)
+                other = replace(data, inputs=inputs)
+                score.slices[backbones.pixels(inputs)] = training.evaluate(
+                    wrapped, other, size, self.fabric.device
+                ).metric
         record: Record = {"record": "test", "metric": data.metric, "test": score.metric, "test_loss": score.loss}
         record |= {"slices": score.slices} if score.slices else {}
         record |= {key: run[key] for key in ("ablation", "task", "mixer", "seed", "learning_rate", "cell")}

@@ -131,15 +131,16 @@ def reproducible(threads: int) -> Iterator[None]:
 
     The number of threads decides the order of sums, so results depend on it in their last bits.
     """
+    deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    threads_before, fill_before = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    threads_before, fill_before = torch.get_num_threads(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(threads)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # one more launch for every tensor that is made
+    deterministic.fill_uninitialized_memory = False  # one more launch for every tensor that is made
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill_before
+        deterministic.fill_uninitialized_memory = fill_before
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.set_num_threads(threads_before)
 

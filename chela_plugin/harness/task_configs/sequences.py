@@ -1,8 +1,8 @@
-"""Real signals as sequences: images pixel by pixel, spoken words sample by sample."""
+"""Real signals: images whole or pixel by pixel, spoken words sample by sample."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,21 @@ class PixelsTask(TaskConfig):
         return self
 
 
+class ImagesTask(TaskConfig):
+    """Grey images from files as MNIST ships them, such as Fashion-MNIST's; 10 classes, accuracy."""
+
+    backbone_kind: ClassVar[str] = "vision"
+    module: ClassVar[str] = "images"
+    task: Literal["images"]
+    path: str = Field(description="folder of the four idx files, .gz or not")
+    size: int = Field(32, ge=8, description="pixels a side, to which the images are resized")
+    other_sizes: tuple[Annotated[int, Field(ge=8)], ...] = Field((), description="at which the test is read as well")
+    max_shift: int = Field(2, ge=0, le=8, description="training images move by up to this many pixels, per axis")
+    flip: bool = Field(True, description="half of the training images, left to right")
+    validation_images: int = Field(5000, ge=1, description="of the training files, held out")
+    split_seed: int = Field(0, ge=0)
+
+
 class SpeechCommandsTask(TaskConfig):
     """Spoken words as raw audio, one second at 16 kHz; accuracy."""
 
@@ -39,4 +54,4 @@ class SpeechCommandsTask(TaskConfig):
     samples: int = Field(16_000, ge=1, description="a recording is cut or padded with silence to this length")
 
 
-TASKS: tuple[type[TaskConfig], ...] = (PixelsTask, SpeechCommandsTask)
+TASKS: tuple[type[TaskConfig], ...] = (PixelsTask, ImagesTask, SpeechCommandsTask)

@@ -34,6 +34,7 @@ class Examples:
     padding: the token id that stands behind (or before) shorter sequences and is no part of them.
     buckets: `[N]` integers; a training batch is drawn from one bucket, so that lengths in it are alike.
     slices: names of parts whose metric is also told apart, and `slice_of` `[N]`: the part of each example.
+    other_sizes: the same images `[N, C, H', W']` at sizes for which a model was not trained.
     """
 
     inputs: Tensor
@@ -45,6 +46,7 @@ class Examples:
     buckets: Tensor | None = None
     slices: tuple[str, ...] = ()
     slice_of: Tensor | None = None
+    other_sizes: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
