@@ -196,36 +196,63 @@ def _scan(
     )  # fmt: skip
 
 
-class Known(NamedTuple):
-    """What the backward pass need not find again."""
+class Side(NamedTuple):
+    """One scan: over lags from 0 on, or, flipped, over those below 0."""
 
+    filter: Filter
     plan: Plan
     matrices: Matrices
+    flipped: bool
+
+
+def sides_of(x: Tensor, f: Filter, cu_seqlens: Tensor | None, causal: bool) -> list[Side]:
+    """The scans of a filter. Of a two-sided one the first has the short taps, the last the bias."""
+    modes = f.log_time.shape[1]
+    sides: list[Side] = []
+    for flipped in (False,) if causal else (False, True):
+        poles = f[:3] if causal else [t.chunk(2)[flipped] for t in f[:3]]
+        cuts = x.shape[1] - cu_seqlens.flip(0) if flipped and cu_seqlens is not None else cu_seqlens
+        plan = sides[0].plan if sides and cuts is None else plan_for(x, poles[0].shape[0], modes, cuts)
+        part = Filter(*poles, None if flipped else f.short, f.scale, f.bias if causal or flipped else None)
+        sides.append(Side(part, plan, matrices(part, x.dtype, plan, strict=flipped), flipped))
+    return sides
+
+
+def taps_ahead(f: Filter, causal: bool) -> int:
+    return 0 if causal or f.short is None else f.short.shape[1] // 2
 
 
 def forward(
-    x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Known | None]:
-    """`(y, u, states, what is known now)`; u is `[0]` unless saved with SiLU, states are unless saved."""
+    x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, causal: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Side]]:
+    """`(y, u, states, what the backward pass need not find again)`; u and states are `[0]` unless saved."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
-    states = saved_states(x, f.log_time, cu_seqlens) if save else x.new_empty(0)
+    states = saved_states(x, f.log_time, cu_seqlens, causal) if save else x.new_empty(0)
     if x.numel() == 0:
-        return y, u, states, None
-    plan = plan_for(x, f.log_time.shape[0], f.log_time.shape[1], cu_seqlens)
-    m = matrices(f, x.dtype, plan)
-    _scan(x, y, u, states, m, f, plan, silu=silu, save=save)
-    return y, u, states, Known(plan, m)
+        return y, u, states, []
+    sides = sides_of(x, f, cu_seqlens, causal)
+    before: Tensor | None = None
+    for side, kept in zip(sides, states.chunk(len(sides)) if save else sides, strict=True):
+        last = side is sides[-1]
+        found = y if last else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        _scan(
+            x, found, u if last else found, kept if isinstance(kept, Tensor) else states, side.matrices, side.filter,
+            side.plan, silu=silu and last, save=save, flipped=side.flipped, ahead=taps_ahead(f, causal), add=before,
+        )  # fmt: skip
+        before = found
+    return y, u, states, sides
 
 
-def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
     """Room for the state at each chunk's start, in x's dtype. No branch on a size: a graph may leave T open."""
     batch, tokens, channels = x.shape
-    groups, modes = log_time.shape
+    rows, modes = log_time.shape
+    sides = 1 if causal else 2
     chunk = modal_blocks_for(x.dtype, "scan").chunk
     slots = batch * ceil_div(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
-    width, blocks = channels_of(groups, channels)
-    return x.new_empty(slots, groups * blocks, width, state_places(modes))
+    width, blocks = channels_of(rows // sides, channels)
+    return x.new_empty(sides * slots, rows // sides * blocks, width, state_places(modes))
 
 
 def backward(
@@ -236,51 +263,58 @@ def backward(
     f: Filter,
     cu_seqlens: Tensor | None,
     silu: bool,
-    known: Known | None = None,
+    causal: bool,
+    sides: list[Side] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and of each tensor of the filter, in their dtypes; None for what was not given.
 
     But the scale's in shares `[D, n]`, fp32, still to be summed; short taps' and bias' are views of one tensor."""
-    log_time, frequency, residue, short, scale, bias = f
-    groups, modes = log_time.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (short, bias)]
-        poles = torch.zeros_like(log_time), torch.zeros_like(frequency), torch.zeros_like(residue)
-        return dx, *poles, zeros[0], None if scale is None else x.new_zeros(x.shape[2], 1), zeros[1]
-    plan = known.plan if known else plan_for(x, groups, modes, cu_seqlens)
-    m = known.matrices if known else matrices(f, x.dtype, plan)
-    du, dshort, dbias = _short_sums(dy, x, u, f, plan, silu)
-    adjoints = torch.empty_like(states)
-    _scan(du, dx, dx, adjoints, m, f, plan, silu=False, save=True, reverse=True)
+        zeros = [None if t is None else torch.zeros_like(t) for t in (f.short, f.bias)]
+        poles = torch.zeros_like(f.log_time), torch.zeros_like(f.frequency), torch.zeros_like(f.residue)
+        return dx, *poles, zeros[0], None if f.scale is None else x.new_zeros(x.shape[2], 1), zeros[1]
+    sides = sides or sides_of(x, f, cu_seqlens, causal)
+    ahead = taps_ahead(f, causal)
+    du, dshort, dbias = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
+    like: Any = {"memory_format": torch.contiguous_format}
+    poles = tuple(torch.empty_like(t, **like) for t in f[:3])
+    before: Tensor | None = None
+    shares = []
+    for i, (side, kept) in enumerate(zip(sides, states.chunk(len(sides)), strict=True)):
+        found = dx if side is sides[-1] else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        adjoints = torch.empty_like(kept)
+        _scan(
+            du, found, found, adjoints, side.matrices, side.filter, side.plan, silu=False, save=True, reverse=True,
+            flipped=side.flipped, ahead=ahead, add=before,
+        )  # fmt: skip
+        before = found
+        shares.append(_filter_sums(du, x, kept, adjoints, side, [t.chunk(len(sides))[i] for t in poles]))
+    dscale = None if f.scale is None else shares[0] if causal else torch.cat(shares, 1)
+    return dx, *poles, dshort, dscale, dbias
+
+
+def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: Side, poles: list[Tensor]) -> Tensor:
+    """Fills `poles` with the gradients of log_time, frequency and residue; the scale's in shares `[D, segments]`."""
+    f, plan, m, flipped = side
     blocks = modal_blocks_for(x.dtype, "sums")
     grid = _grid(blocks, plan)
     wide: Any = {"dtype": torch.float32, "device": x.device}
     C = blocks.chunk
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
-    scales = torch.empty(x.shape[2], 0 if scale is None else plan.segments, **wide)
+    scales = torch.empty(x.shape[2], 0 if f.scale is None else plan.segments, **wide)
+    (du_start, du_strides), (x_start, x_strides) = view_of(du, flipped), view_of(x, flipped)
     kernels.modal_sums[grid](
-        du, x, states, adjoints, m.taps, m.out, x if scale is None else scale.contiguous(),
-        x if plan.places is None else plan.places, *shares, scales, *_common(x, plan), *du.stride(), *x.stride(),
-        SCALE=scale is not None, **_options(blocks, x, plan),
+        du_start, x_start, states, adjoints, m.taps, m.out, x if f.scale is None else f.scale.contiguous(),
+        x if plan.places is None else plan.places, *shares, scales, *_common(x, plan), *du_strides, *x_strides,
+        SCALE=f.scale is not None, **_options(blocks, x, plan),
     )  # fmt: skip
-    log_time, frequency, residue = (t.contiguous() for t in f[:3])
-    poles = torch.empty_like(log_time), torch.empty_like(frequency), torch.empty_like(residue)
+    groups, modes = f.log_time.shape
     kernels.modal_gradient[(groups,)](
-        *shares,
-        log_time,
-        frequency,
-        residue,
-        *poles,
-        modes,
-        plan.Q,
-        grid[0] // plan.Q,
-        plan.blocks,
-        C=C,
-        SP=plan.SP,
-        STRICT=False,
-    )
-    return dx, *poles, dshort, None if scale is None else scales, dbias
+        *shares, *(t.contiguous() for t in f[:3]), *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C,
+        SP=plan.SP, STRICT=flipped,
+    )  # fmt: skip
+    return scales
 
 
 def _short_sums(
@@ -296,8 +330,8 @@ def _short_sums(
     shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
     kernels.short_sums[(plan.segments * SHORT_PARTS * d_blocks,)](
         dy, before, x, du, x if plan.places is None else plan.places, shares, x.shape[1], channels, plan.segments,
-        plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(), *x.stride(), C=64, K=K, AHEAD=ahead, PARTS=SHORT_PARTS,
-        SILU=silu, PACKED=plan.places is not None, BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
+        plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(), *x.stride(), C=64, K=K, AHEAD=ahead,
+        PARTS=SHORT_PARTS, SILU=silu, PACKED=plan.places is not None, BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
     )  # fmt: skip
     found = shares.sum(0)
     dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)

@@ -158,17 +158,27 @@ def modal_conv_reference(
     scale: Tensor | None,
     bias: Tensor | None,
     silu: bool,
+    causal: bool = True,
 ) -> Tensor:
     """`modal_conv`'s definition: u = bias + short * x + scale (modal * x), and SiLU(u) or u."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     with without_autocast(x):
-        wide = x.to(inner)
-        u, _ = modal_scan(wide, log_time.to(inner), frequency.to(inner), residue.to(inner))
+        wide, modes = x.to(inner), [t.to(inner) for t in (log_time, frequency, residue)]
+        if causal:
+            u, _ = modal_scan(wide, *modes)
+        else:
+            ahead, behind = zip(*(t.chunk(2) for t in modes), strict=True)
+            u, _ = modal_scan(wide, *ahead)
+            back, _ = modal_scan(wide.flip(1), *behind)
+            at_lag_0 = modal_taps(*behind, 1)[:, 0].repeat_interleave(2 * x.shape[2] // log_time.shape[0])
+            u = u + back.flip(1) - at_lag_0 * wide
         if scale is not None:
             u = u * scale.to(inner)
-        for lag in range(0 if short is None else min(short.shape[1], x.shape[1])):
+        for k in range(0 if short is None else short.shape[1]):
             assert short is not None
-            u = u + short[:, lag].to(inner) * torch.nn.functional.pad(wide, (0, 0, lag, -lag))
+            lag = k if causal else k - short.shape[1] // 2
+            if abs(lag) < x.shape[1]:
+                u = u + short[:, k].to(inner) * torch.nn.functional.pad(wide, (0, 0, lag, -lag))
         if bias is not None:
             u = u + bias.to(inner)
         return (torch.nn.functional.silu(u) if silu else u).to(x.dtype)

@@ -20,9 +20,9 @@ gradients are sums over chunks in any order, which `modal_sums` takes in a fixed
     dnear = dU (scale X)^T     dout = dU (scale S)^T     dinto = (scale X) L^T     dturn = L . (scale S)
 
 and `modal_gradient` adds up and takes on to the poles and residues. Short taps run on the ordinary cores: 8 rows one
-token apart are held at once, so that each input is read (7 + taps) / 8 times. A two-sided filter is two scans, the
-second over tokens in reverse order (negative strides), which adds to what the first left in fp32. `short_sums` takes their gradient and the
-bias' in the pass that takes dy back through SiLU.
+token apart are held at once, so that each input is read (7 + taps) / 8 times. `short_sums` takes their gradient and the
+bias' in the pass that takes dy back through SiLU. A two-sided filter is two scans, the second over the tokens in
+reverse order (negative strides), which adds to what the first left in fp32.
 """
 
 # Triton unrolls loops over tuples that grow: joined with +, since it does not unpack them, and of no one type.
@@ -214,13 +214,13 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
 def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments,
                per_row, size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
                C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-               AHEAD: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr,
-               REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
+               AHEAD: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+               SAVE: tl.constexpr, CARRY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+               PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each chunk's state.
 
-    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged. AHEAD: short taps
-    in front of lag 0. ADD: more summands of u, laid out as y."""
+    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged. AHEAD: short
+    taps in front of lag 0. ADD: more summands of u, laid out as y."""
     g, q, segment, d, live, row, begin, before, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )

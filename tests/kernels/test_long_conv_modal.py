@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import modal_conv, short_modal_conv
 from chela_plugin.kernels.long_conv.reference import direct, modal_conv_reference, modal_powers, modal_scan, modal_taps
 
@@ -79,6 +80,28 @@ def test_chunks_and_states_equal_the_whole_filter_with_all_gradients(shape, silu
         assert error(got, wanted) < tolerance
 
 
+def two_sided_by_the_taps(leaves, silu):
+    """The two-sided filter through all its taps and a Toeplitz matrix, in fp64."""
+    x, *modes, short, scale, bias = leaves
+    tokens, sides = x.shape[1], [[t.chunk(2)[side] for t in modes] for side in range(2)]
+    ahead, behind = (modal_taps(*side, tokens).repeat_interleave(2 * x.shape[2] // len(modes[0]), 0) for side in sides)
+    u = direct(x, two_sided(ahead, behind), causal=False) * scale + direct(x, short, causal=False) + bias
+    return F.silu(u) if silu else u
+
+
+TWO_SIDED = [(1, 1, 1, 2, 2, 1), (2, 70, 4, 4, 3, 3), (1, 150, 3, 2, 9, 7)]
+
+
+@by_definition
+@pytest.mark.parametrize("shape", TWO_SIDED)
+def test_two_sided_scans_equal_the_whole_filter_with_all_gradients(shape):
+    leaves, dy = case(*shape)
+    wide = doubles(leaves)
+    found = with_gradients(convolve(wide, silu=True, causal=False), wide, dy.double())
+    for got, wanted in zip(found, with_gradients(two_sided_by_the_taps(wide, True), wide, dy.double()), strict=True):
+        assert error(got, wanted) < 1e-10
+
+
 @by_definition
 def test_the_final_states_are_those_of_the_recurrence():
     leaves, _ = case(2, 70, 6, 2, 3, 1)
@@ -135,6 +158,7 @@ def test_nothing_in_is_nothing_out(shape):
         ({"scale": torch.zeros(3)}, r"scale must be of shape \[4\]"),
         ({"bias": torch.zeros(1)}, r"bias must be of shape \[4\]"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "cu_seqlens must not decrease"),
+        ({"short": torch.zeros(4, 2), "causal": False}, "odd number of short taps"),
     ],
 )
 def test_bad_input_is_one_clear_error(changes, message):
@@ -200,11 +224,11 @@ def test_the_operator_keeps_torchs_contract():
     from chela_plugin.kernels.long_conv import ops_modal
 
     leaves, dy = case(1, 5, 2, 1, 1, 2)
-    torch.library.opcheck(ops_modal.forward_op, (*leaves, None, True, True))
+    torch.library.opcheck(ops_modal.forward_op, (*leaves, None, True, True, True))
     with torch.no_grad():
-        _, u, states = ops_modal.forward(*leaves, None, True, True)
+        _, u, states = ops_modal.forward(*leaves, None, True, True, True)
     x, *rest = (t.detach() for t in leaves)
-    torch.library.opcheck(ops_modal.backward_op, (dy, x, u, states, *rest, None, True))
+    torch.library.opcheck(ops_modal.backward_op, (dy, x, u, states, *rest, None, True, True))
 
 
 @interpreted
@@ -223,6 +247,20 @@ def test_segments_fill_the_device_and_rows_that_do_so_stay_whole():
     assert modal_segment_size(1, 32768, 64) == 1024
     assert modal_segment_size(1, 4096, 64) == 256
     assert modal_segment_size(1, 1, 64) == 256
+
+
+@interpreted
+@pytest.mark.parametrize("cuts", [None, [0, 1, 1, 70, 134, 150]])
+@pytest.mark.parametrize("shape", TWO_SIDED)
+def test_two_sided_kernels_equal_the_definition_with_all_gradients(shape, cuts, monkeypatch):
+    small_segments(monkeypatch)
+    leaves, dy = case(*shape)
+    packed = None if cuts is None or shape[1] != 150 else torch.tensor(cuts)
+    found = with_gradients(convolve(leaves, silu=True, causal=False, cu_seqlens=packed), leaves, dy)
+    wide = doubles(leaves)  # fp64 runs by the definition
+    wanted = with_gradients(convolve(wide, silu=True, causal=False, cu_seqlens=packed), wide, dy.double())
+    for got, value in zip(found, wanted, strict=True):
+        assert error(got, value) < TOLERANCE[torch.float32]
 
 
 @interpreted
