@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import os
 import pkgutil
 import sys
@@ -24,21 +25,21 @@ from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 from chela_plugin.kernels.long_conv import long_conv, modal_conv
-from chela_plugin.layers import ShortLongConv
+from chela_plugin.layers import Chela, ShortLongConv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF, WIDE = (torch.bfloat16, torch.float16), (torch.float32,)
+ALL = (torch.bfloat16, torch.float16, torch.float32)
+TWO = (torch.bfloat16, torch.float32)  # for kernels to which both of 16 bits are alike
 PARTS: dict[str, Callable[[], None]] = {}
 
 
-def part(*dtypes: torch.dtype) -> Callable:
-    """Registers a function of one dtype as a part of its own for each of `dtypes`, or a function of none."""
+def part(**choices: tuple) -> Callable:
+    """Registers a function as parts, one for each combination of its arguments' `choices`."""
 
     def register(cases: Callable) -> Callable:
-        for dtype in dtypes:
-            PARTS[f"{cases.__name__}-{str(dtype).rpartition('.')[-1]}"] = functools.partial(cases, dtype)
-        if not dtypes:
-            PARTS[cases.__name__] = cases
+        for values in itertools.product(*choices.values()):
+            name = "-".join([cases.__name__, *(str(value).removeprefix("torch.") for value in values)])
+            PARTS[name] = functools.partial(cases, **dict(zip(choices, values, strict=True)))
         return cases
 
     return register
@@ -53,26 +54,25 @@ def both_ways(*outputs: torch.Tensor | None) -> None:
     torch.autograd.backward(there, [torch.randn_like(o) for o in there])
 
 
-@part(*HALF, *WIDE)
-def attention(dtype: torch.dtype) -> None:
+@part(decay=("none", "static", "token"), dtype=ALL)
+def attention(decay: str, dtype: torch.dtype) -> None:
+    """Odd lengths and widths; long enough for two levels of segments where heads are few."""
     cuts = torch.tensor([0, 1, 70, 70, 2101], device=DEVICE)
-    for decay in ("none", "static", "token"):
-        # Odd lengths and widths; long enough for two levels of segments where heads are few.
-        for time, heads, K, V in ((67, 3, 40, 24), (2101, 1, 64, 64)):
-            q, k = random(1, time, heads, K, dtype=dtype), random(1, time, heads, K, dtype=dtype)
-            v = random(1, time, heads, V, dtype=dtype)
-            shape = {"static": (heads,), "token": (1, time, heads)}.get(decay)
-            d = None if shape is None else (-0.1 * torch.rand(shape, device=DEVICE)).requires_grad_()
-            state = random(1, heads, K, V, dtype=torch.float32)
-            both_ways(*linear_attention(q, k, v, d, initial_state=state, output_final_state=True))
-            if time == 2101:
-                both_ways(*linear_attention(q, k, v, d, cu_seqlens=cuts, output_final_state=True))
-            with torch.no_grad():
-                now = d if d is None or d.dim() == 1 else d[:, 0]
-                linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, now)
+    for time, heads, K, V in ((67, 3, 40, 24), (2101, 1, 64, 64)):
+        q, k = random(1, time, heads, K, dtype=dtype), random(1, time, heads, K, dtype=dtype)
+        v = random(1, time, heads, V, dtype=dtype)
+        shape = {"static": (heads,), "token": (1, time, heads)}.get(decay)
+        d = None if shape is None else (-0.1 * torch.rand(shape, device=DEVICE)).requires_grad_()
+        state = random(1, heads, K, V, dtype=torch.float32)
+        both_ways(*linear_attention(q, k, v, d, initial_state=state, output_final_state=True))
+        if time == 2101:
+            both_ways(*linear_attention(q, k, v, d, cu_seqlens=cuts, output_final_state=True))
+        with torch.no_grad():
+            now = d if d is None or d.dim() == 1 else d[:, 0]
+            linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, now)
 
 
-@part(*HALF, *WIDE)
+@part(dtype=ALL)
 def attention_that_looks_ahead(dtype: torch.dtype) -> None:
     cuts = torch.tensor([0, 1, 70, 70, 2101], device=DEVICE)
     for batch, time, heads, width in ((2, 67, 3, 40), (1, 2101, 1, 64)):
@@ -84,7 +84,7 @@ def attention_that_looks_ahead(dtype: torch.dtype) -> None:
             both_ways(linear_attention(q, k, v, causal=False, cu_seqlens=cuts)[0])
 
 
-@part(*HALF, *WIDE)
+@part(dtype=ALL)
 def convolutions(dtype: torch.dtype) -> None:
     for time, D in ((67, 20), (130, 17), (300, 32)):
         x = random(2, time, D, dtype=dtype)
@@ -95,7 +95,7 @@ def convolutions(dtype: torch.dtype) -> None:
         both_ways(long_conv(packed, random(D, 50, dtype=torch.float32), cu_seqlens=cuts))
 
 
-@part(torch.bfloat16, *WIDE)
+@part(dtype=TWO)
 def modal_convolutions(dtype: torch.dtype) -> None:
     groups, modes, D = 2, 4, 32
     log_time, frequency = (random(groups, modes, dtype=torch.float32) for _ in range(2))
@@ -108,18 +108,46 @@ def modal_convolutions(dtype: torch.dtype) -> None:
     both_ways(modal_conv(long, log_time, frequency, residue, cu_seqlens=cuts))
 
 
-@part(torch.bfloat16, *WIDE)
-def modal_steps(dtype: torch.dtype) -> None:
-    """From an empty cache on, so that the history grows to its full length; channels that fill no block."""
-    for dim, group, short in ((70, 7, (3, 7)), (8, 8, ()), (128, 16, (4,))):
-        layer = ShortLongConv(dim, causal=True, short=short, long="modal", group_size=group, device=DEVICE).eval()
+@part(long=("modal", "multiscale", "explicit"), dtype=TWO)
+def decoding(long: str, dtype: torch.dtype) -> None:
+    """Steps from an empty cache on, over the ends of several blocks; channels that fill no block of a kernel."""
+    for dim, group, short in ((70, 7, (3, 7)), (8, 8, (2,)), (128, 16, (4,))):
+        layer = ShortLongConv(dim, causal=True, short=short, long=long, group_size=group, device=DEVICE).eval()
         for folded in (False, True):
             if folded:
                 layer.reparameterize()
             with torch.no_grad():
                 cache = layer.init_cache(3, dtype=dtype)
-                for _ in range(8):
+                for _ in range(40):
                     layer(random(3, 1, dim, dtype=dtype), cache=cache)
+
+
+@part(long=("modal", "multiscale"), dtype=TWO)
+def layers(long: str, dtype: torch.dtype) -> None:
+    """CHELA as a whole, whose kernels around the attention have no operator of their own; widths that fill no block."""
+    for dim, time in ((96, 131), (64, 9)):
+        layer = Chela(dim, causal=True, long=long, device=DEVICE)
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            both_ways(layer(random(2, time, dim, dtype=torch.float32)))
+
+
+@part(dtype=ALL)
+def grids(dtype: torch.dtype) -> None:
+    """Grids that are no squares, kernels wider than the grid, channels that fill no block."""
+    from chela_plugin.kernels.grid_conv import grid_conv, grid_conv_norm
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return random(*shape, dtype=torch.float32)
+
+    for h, w, D, groups in ((5, 7, 24, 3), (2, 3, 8, 8), (17, 14, 40, 5)):
+        x, shorts, cross = random(2, h, w, D, dtype=dtype), [fp32(D, k, k) for k in (3, 7)], fp32(4, groups, max(h, w))
+        both_ways(grid_conv(x, shorts[1], cross, scale=fp32(D), bias=fp32(D), silu=True))
+        both_ways(grid_conv(x, shorts[0]))
+        both_ways(grid_conv(x, None, cross))
+        for silu in (False, True):
+            weights, biases = ([fp32(D) for _ in range(3)] for _ in range(2))
+            running = [(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)) for _ in range(3)]
+            both_ways(grid_conv_norm(x, shorts, cross, weights, biases, running=running, silu=silu))
 
 
 @part()
@@ -136,7 +164,7 @@ def taps() -> None:
         both_ways(folded_taps(None, length=9, scales=random(2, 6, dtype=torch.float32), kernels=short, causal=causal))
 
 
-@part(torch.bfloat16, *WIDE)
+@part(dtype=TWO)
 def norms(dtype: torch.dtype) -> None:
     for heads, width in ((3, 40), (2, 64)):
         o, v = random(2, 67, heads, width, dtype=dtype), random(2, 67, heads, width, dtype=dtype)
