@@ -24,6 +24,10 @@ from .mixer import Cache
 # million taps. It turns a mistaken length into an error before the device runs out of memory.
 MAX_TAPS_BYTES = 8 << 30
 
+# Tokens from which a two-sided modal filter, two scans, is faster than a Toeplitz product with all its taps (estimated
+# from the times of the two on an H100; below it the product is at most twice the cost of its copies).
+TWO_SIDED_FROM = 1024
+
 
 class BranchNorm(nn.BatchNorm1d):
     """BatchNorm over the tokens of `[B, T, D]`, skipping padding; folds into the branch's taps after training."""
@@ -276,12 +280,12 @@ class ShortLongConv(nn.Module):
     def runs_structured(self, x: Tensor) -> bool:
         """Whether all branches run as short taps and a state of the modes, at a cost a token that T does not change.
 
-        Two-sided ones don't: the rows and columns of images are short. Nor does the plain form while it is traced: its
-        loop over chunks would make a graph for each T.
+        Two-sided ones do from TWO_SIDED_FROM tokens on; the rows and columns of images are short. The plain form does not
+        while it is traced: its loop over chunks would make a graph for each T.
         """
         return (
             isinstance(self.long_kernel, ModalKernel)
-            and self.causal
+            and (self.causal or (self.dims == 1 and x.shape[1] >= TWO_SIDED_FROM))
             and max(self.short, default=1) <= MAX_SHORT
             and self.folds()
             and not (traced(x) and backend(x.device, x.dtype) == "reference")
@@ -296,9 +300,12 @@ class ShortLongConv(nn.Module):
         assert isinstance(modal, ModalKernel)
         modes, bias = (modal.log_time, modal.frequency, modal.residue), self.branch_bias()
         if self.folded:
-            return modal_conv(x, *modes, short=self.short_taps, scale=self.long_scale, bias=bias, silu=silu)
+            short, scale = self.short_taps, self.long_scale
+            return modal_conv(x, *modes, short=short, scale=scale, bias=bias, silu=silu, causal=self.causal)
         kernels, scales = list(self.short_kernels), self.branch_scales()
-        return short_modal_conv(x, *modes, kernels=kernels, scales=scales, bias=bias, silu=silu)
+        return short_modal_conv(
+            x, *modes, kernels=kernels, scales=scales, bias=bias, silu=silu, causal=self.causal
+        )
 
     def exact(self, x: Tensor, silu: bool) -> Tensor:
         """All branches of a sequence as one filter as long as it."""
