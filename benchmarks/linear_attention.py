@@ -1,10 +1,12 @@
 """Linear attention on the GPU: ours and fla's interleaved, with memory, error against fp64 and the memory floor.
 
-    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N]
+    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N] [--compile-only]
 
 Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, where it is installed) and
-PyTorch's flash attention. The floor counts every input read once and every output written once, backward
+PyTorch's flash attention. fla's static decay (g_gamma) has no gradient of the decay, ours has; its per-token decay
+refuses to run backward on Hopper. The floor counts every input read once and every output written once, backward
 inputs, dO and gradients, at the bandwidth in chela_plugin/bench/timing.py. Times are milliseconds: median, 20 %, 80 %.
+`--compile-only` compiles everything, fla's search too; it may run beside other work.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,8 +34,7 @@ TOKENS = 32768
 SHAPES = [(16, 128, 128), (32, 64, 64), (16, 64, 128)]
 TIMES = [1024, 2048, 8192, 32768]
 VARIANTS = ["none", "static", "token", "bidirectional"]
-FLA_SHAPES = [(16, 128, 128)]  # its search compiles some 150 kernels a shape, minutes of it
-FLA_SHARES = 10
+FLA_SHARES = 12  # its search compiles some 150 kernels a shape: that many processes do it
 
 
 def inputs(batch: int, T: int, H: int, K: int, V: int) -> tuple[Tensor, ...]:
@@ -75,22 +77,53 @@ def compile_case(case: tuple[int, int, int, int, str]) -> None:
     torch.cuda.empty_cache()  # other processes compile on this card
 
 
-def compile_fla(share: int) -> None:
-    """Every FLA_SHARES-th of the configurations that fla searches through, so that the search finds them compiled."""
+def fla_searches() -> list[Any]:
+    """The kernels of fla that search for their configuration."""
     from fla.ops.common import chunk_h, chunk_o
-    from fla.ops.simple_gla import chunk_simple_gla
 
+    found: list[Any] = []
     for kernel in (*vars(chunk_h).values(), *vars(chunk_o).values()):
         while kernel is not None and not hasattr(kernel, "configs"):
             kernel = getattr(kernel, "fn", None)
-        if kernel is not None and isinstance(kernel.configs, list):
-            kernel.configs = kernel.configs[share::FLA_SHARES] or kernel.configs[:1]
-    for H, K, V in FLA_SHAPES:
-        q, k, v, do, *_ = inputs(1, 2048, H, K, V)
+        if kernel is not None and isinstance(kernel.configs, list) and kernel not in found:
+            found.append(kernel)
+    return found
+
+
+def search_fla(T: int, H: int, K: int, V: int) -> None:
+    """One pass of each kind that is timed."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    q, k, v, do, static, _ = inputs(TOKENS // T, T, H, K, V)
+    with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
+    with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=static)[0], [q, k, v], do)()
+    torch.cuda.synchronize()
+
+
+def compile_fla(share: int) -> None:
+    """Every FLA_SHARES-th of the configurations that fla searches through, so that the search finds them compiled."""
+    for search in fla_searches():
+        search.configs = search.configs[share::FLA_SHARES] or search.configs[:1]
+        search.cache_results = False
+        search._do_bench = lambda call, quantiles: (call(), [1.0] * 3)[1]
+    for shape in SHAPES:
         try:
-            with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
+            search_fla(2048, *shape)
         except RuntimeError as error:  # a configuration that spills by the gigabyte, beside other processes
             print(f"fla, share {share}: {error}")
+
+
+def fla_measured() -> Callable[..., tuple]:
+    """fla's operator after its search, which is fla's own but for 12 ms a configuration where it would take 100."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    start = time.perf_counter()
+    for search in fla_searches():
+        search._do_bench = lambda call, quantiles: triton.testing.do_bench(call, warmup=3, rep=12, quantiles=quantiles)
+    for shape in SHAPES:
+        search_fla(2048, *shape)
+    print(f"fla's search: {time.perf_counter() - start:.0f} s", flush=True)
+    return chunk_simple_gla
 
 
 def in_parallel(compile_one: Callable[[Any], None], cases: list, processes: int) -> None:
@@ -110,9 +143,12 @@ def throughput(T: int, H: int, K: int, V: int, rounds: int, fla: Callable[..., t
         runs[f"ours {variant} both"] = with_gradient(
             lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do
         )
-    if fla is not None and (H, K, V) in FLA_SHAPES:
-        runs["fla none forward"] = lambda: fla(q, k, v)
-        runs["fla none both"] = with_gradient(lambda q, k, v: fla(q, k, v)[0], [q, k, v], do)
+    if fla is not None:
+        for variant, gamma in (("none", None), ("static", static)):
+            runs[f"fla {variant} forward"] = lambda gamma=gamma: fla(q, k, v, g_gamma=gamma)
+            runs[f"fla {variant} both"] = with_gradient(
+                lambda q, k, v, gamma=gamma: fla(q, k, v, g_gamma=gamma)[0], [q, k, v], do
+            )
     times = event_times(runs, rounds)
     if K == V:  # apart: right behind its long runs others spread by half (NOTES-linear_attention.md)
         softmax = {
@@ -153,7 +189,7 @@ def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> 
                 return reference.bidirectional(q, k, v, K**-0.5, None)[0]
             return reference.chunked(q, k, v, d, K**-0.5, None)[0]
 
-        def all_of(forward, leaves, do, names=names):
+        def all_of(forward, leaves, do, names=tuple(names)):
             live = [x.detach().requires_grad_() for x in leaves]
             o = forward(*live)
             return {"o": o.detach()} | dict(zip(names, torch.autograd.grad(o, live, do), strict=True))
@@ -162,8 +198,9 @@ def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> 
         found = all_of(lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do)
         row = {"T": T, "H": H, "K": K, "V": V, "variant": variant}
         row["ours"] = {name: relative(x, wanted[name]) for name, x in found.items()}
-        if fla is not None and variant == "none" and (H, K, V) in FLA_SHAPES:
-            found = all_of(lambda q, k, v: fla(q, k, v)[0], [q, k, v], do)
+        if fla is not None and variant in ("none", "static"):
+            gamma = static if variant == "static" else None
+            found = all_of(lambda q, k, v, gamma=gamma: fla(q, k, v, g_gamma=gamma)[0], [q, k, v], do, ["q", "k", "v"])
             row["fla"] = {name: relative(x, wanted[name]) for name, x in found.items()}
         rows.append(row)
     return rows
@@ -229,6 +266,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linear_attention_h100.json")
     parser.add_argument("--revision", help="of the code, where there is no git repository")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
     rounds = options.rounds
     record: dict[str, Any] = conditions(options.revision)
@@ -240,30 +278,29 @@ def main() -> None:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
         print(name, value if name != "results" else "", flush=True)
 
+    peer = importlib.util.find_spec("fla") is not None
     in_parallel(
         compile_case, [(T, *s, variant) for T in (8192, 32768, 2048) for s in SHAPES for variant in VARIANTS], 14
     )
+    if options.compile_only:
+        if peer:
+            in_parallel(compile_fla, list(range(FLA_SHARES)), FLA_SHARES)
+        return
+    fla = fused_recurrent = None
+    if peer:
+        from fla.ops.simple_gla import fused_recurrent_simple_gla as fused_recurrent
+
+        fla = fla_measured()
+        record["versions"]["fla"] = importlib.metadata.version("fla-core")
+    save("small", small_calls(fused_recurrent))
     results: list[dict] = []
     for shape in SHAPES:
         for T in TIMES:
-            results += throughput(T, *shape, rounds, None)
+            results += throughput(T, *shape, rounds, fla)
             save("results", results)
     cases = [(T, H, D, D) for T in (2048, 32768) for H, D in ((32, 64), (16, 128))]
-    save("errors", [row for case in cases for row in errors(*case, None)])
-    save("small", small_calls(None))
+    save("errors", [row for case in cases for row in errors(*case, fla)])
     save("million", million(rounds))
-    if importlib.util.find_spec("fla"):
-        in_parallel(compile_fla, list(range(FLA_SHARES)), FLA_SHARES)
-        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
-
-        record["versions"]["fla"] = importlib.metadata.version("fla-core")
-        save("small", small_calls(fused_recurrent_simple_gla))
-        for T in TIMES:
-            for shape in FLA_SHAPES:
-                beside = throughput(T, *shape, rounds, chunk_simple_gla)
-                results = [r for r in results if (r["T"], r["H"], r["K"], r["V"]) != (T, *shape)] + beside
-                save("results", results)
-        save("errors", [row for case in cases for row in errors(*case, chunk_simple_gla)])
     for row in sorted(results, key=lambda row: (row["H"], row["K"], row["T"])):
         where = (
             f"H {row['H']} K {row['K']} V {row['V']} T {row['T']:6} {row['who']:5} {row['variant']:13} {row['what']:7}"
