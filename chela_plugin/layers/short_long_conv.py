@@ -303,9 +303,7 @@ class ShortLongConv(nn.Module):
             short, scale = self.short_taps, self.long_scale
             return modal_conv(x, *modes, short=short, scale=scale, bias=bias, silu=silu, causal=self.causal)
         kernels, scales = list(self.short_kernels), self.branch_scales()
-        return short_modal_conv(
-            x, *modes, kernels=kernels, scales=scales, bias=bias, silu=silu, causal=self.causal
-        )
+        return short_modal_conv(x, *modes, kernels=kernels, scales=scales, bias=bias, silu=silu, causal=self.causal)
 
     def exact(self, x: Tensor, silu: bool) -> Tensor:
         """All branches of a sequence as one filter as long as it."""
