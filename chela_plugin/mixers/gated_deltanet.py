@@ -18,7 +18,7 @@ from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import divide, expanded, heads_at_least
 from chela_plugin.mixers.linear_attention import empty_state
-from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
+from chela_plugin.mixers.recurrent import RecurrentMixer, recur
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -90,17 +90,9 @@ class GatedDeltaNet(RecurrentMixer):
         beta = self.beta(x).to(precise).sigmoid()
         step = F.softplus(self.alpha(x).to(precise) + self.step_bias.to(precise))
         log_decay = -self.log_rate.to(precise).exp() * step
-        if cache is None:
-            o = gated_delta_rule(q, k, v, beta, log_decay)[0]
-        elif x.shape[1] == 1 and length is None:
-            parts = (part[:, 0] for part in (q, k, v))
-            o, cache["state"] = gated_delta_rule_step(*parts, cache["state"], beta[:, 0], log_decay[:, 0])
-            o = o[:, None]
-        else:
-            beta, log_decay = clear_padding(beta, length), clear_padding(log_decay, length)
-            o, final = gated_delta_rule(q, k, v, beta, log_decay, initial_state=cache["state"], output_final_state=True)
-            if final is not None:
-                cache["state"] = final
+        tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+        still = ("beta", "log_decay")
+        o = recur(gated_delta_rule, gated_delta_rule_step, tokens, length, cache, still=still)
         if cache is not None:
             cache["conv"] = seen
         return self.proj(self.norm(o.flatten(-2), self.g(x)))

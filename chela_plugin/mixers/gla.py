@@ -17,7 +17,7 @@ from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, divide, expanded, fewest_heads, heads_at_least
 from chela_plugin.mixers.linear_attention import attend, empty_state
-from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
+from chela_plugin.mixers.recurrent import RecurrentMixer, recur
 
 GATE_RANK = 16  # section 4.4: the decay's projection has low rank, to spare parameters
 GATE_NORMALIZER = 16  # section 4.4: alpha = sigmoid(.)^(1/16), slow forgetting at the start
@@ -85,23 +85,11 @@ class GatedLinearAttention(RecurrentMixer):
         if self.decay == "head":
             o = attend(q, k, v, log_decay, cache, scale=None, length=length)
         else:
-            o = self._attend(q, k, v, log_decay.unflatten(-1, (self.num_heads, self.key_dim)), length, cache)
+            log_decay = log_decay.unflatten(-1, (self.num_heads, self.key_dim))
+            tokens = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+            still = ("k", "log_decay")
+            o = recur(gated_linear_attention, gated_linear_attention_step, tokens, length, cache, still=still)
         return self.proj(self.norm(o.flatten(-2), self.g(x)))
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, length: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        if cache is None:
-            return gated_linear_attention(q, k, v, log_decay)[0]
-        state = cache["state"]
-        if q.shape[1] == 1 and length is None:
-            o, cache["state"] = gated_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay[:, 0])
-            return o[:, None]
-        k, log_decay = clear_padding(k, length), clear_padding(log_decay, length)
-        o, final = gated_linear_attention(q, k, v, log_decay, initial_state=state, output_final_state=True)
-        if final is not None:
-            cache["state"] = final
-        return o
 
 
 def gla(

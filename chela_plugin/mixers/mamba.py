@@ -16,7 +16,7 @@ from chela_plugin.layers.long_kernel import no_weight_decay
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.heads import expanded
 from chela_plugin.mixers.linear_attention import empty_state
-from chela_plugin.mixers.recurrent import RecurrentMixer, clear_padding
+from chela_plugin.mixers.recurrent import RecurrentMixer, recur
 
 
 class Mamba(RecurrentMixer):
@@ -79,16 +79,8 @@ class Mamba(RecurrentMixer):
         precise = torch.promote_types(x.dtype, torch.float32)
         delta = F.softplus(self.step_proj(step).to(precise) + self.step_bias.to(precise))
         a = -self.log_rate.to(precise).exp()
-        if cache is None:
-            y = selective_scan(u, delta, a, b, c)[0]
-        elif x.shape[1] == 1 and length is None:
-            y, cache["state"] = selective_scan_step(u[:, 0], delta[:, 0], a, b[:, 0], c[:, 0], cache["state"])
-            y = y[:, None]
-        else:
-            delta = clear_padding(delta, length)
-            y, final = selective_scan(u, delta, a, b, c, initial_state=cache["state"], output_final_state=True)
-            if final is not None:
-                cache["state"] = final
+        tokens = {"u": u, "delta": delta, "b": b, "c": c}
+        y = recur(selective_scan, selective_scan_step, tokens, length, cache, still=("delta",), a=a)
         if cache is not None:
             cache["conv"] = seen
         return self.proj((y + self.skip.to(u.dtype) * u) * F.silu(z))

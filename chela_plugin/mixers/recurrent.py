@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,40 @@ class RecurrentMixer(Mixer):
         tokens_first = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
         y = self.scan(x.gather(1, tokens_first), mask.sum(1), cache)
         return torch.empty_like(y).scatter(1, tokens_first, y)
+
+
+def recur(
+    whole: Callable[..., tuple[Tensor, Tensor | None]],
+    step: Callable[..., tuple[Tensor, Tensor]],
+    tokens: dict[str, Tensor],
+    length: Tensor | None,
+    cache: Cache | None,
+    *,
+    still: tuple[str, ...],
+    **shared: Any,
+) -> Tensor:
+    """A recurrence over `tokens` (each `[B, T, ...]`), behind the state in `cache`, which is updated.
+
+    Args:
+        whole: the recurrence over a sequence, `whole(**tokens, **shared, initial_state=, output_final_state=)`, to
+            outputs `[B, T, ...]` and the last state.
+        step: the same for one token, `step(**tokens without T, **shared, state=)`.
+        length: `[B]`, real tokens of each row, those before its padding (None: all are).
+        still: what is 0 for a token that leaves the state as it is.
+        shared: arguments that have no T.
+    """
+    if cache is None:
+        return whole(**tokens, **shared)[0]
+    time = next(iter(tokens.values())).shape[1]
+    if time == 1 and length is None:
+        one = {name: tensor[:, 0] for name, tensor in tokens.items()}
+        o, cache["state"] = step(**one, **shared, state=cache["state"])
+        return o[:, None]
+    tokens = tokens | {name: clear_padding(tokens[name], length) for name in still}
+    o, final = whole(**tokens, **shared, initial_state=cache["state"], output_final_state=True)
+    assert final is not None
+    cache["state"] = final
+    return o
 
 
 def real_tokens(length: Tensor, time: int) -> Tensor:
