@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import multiplied_as, ready_for
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
 
+norm, norm_gradient = Launcher(kernels.forward), Launcher(kernels.backward)
 _INPUTS = "Tensor o, Tensor? v, Tensor? skip, Tensor weight, Tensor? gate"
 BACKWARD_BLOCK = 2048  # numbers: 95 registers on sm_90, where 4,096 took 162
 PROGRAMS = 512  # backward: blocks side by side, four waves of an H100; each leaves one partial sum of a weight
@@ -45,9 +47,10 @@ def forward(
     y = torch.empty(*o.shape[:-2], heads * width, dtype=o_rows.dtype, device=o.device)
     block, columns = blocks_of(width, 4096)
     with ready_for(o):
-        kernels.forward[(-(-rows // block), heads)](
-            o_rows, v_rows, weight if skip is None else skip, weight, g_rows, y, rows, stride_o, stride_v, stride_g,
-            eps, V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=8,
+        norm(
+            (-(-rows // block), heads), (o_rows, v_rows, weight if skip is None else skip, weight, g_rows, y),
+            (rows, stride_o, stride_v, stride_g, eps),
+            V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
     return y.to(o.dtype)
 
@@ -86,10 +89,12 @@ def backward(
     dweight = torch.empty(programs, heads, width, dtype=torch.float32, device=o.device)
     dskip = torch.empty(programs, heads, dtype=torch.float32, device=o.device)
     with ready_for(o):
-        kernels.backward[(programs, heads)](
-            dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do if y is None else y, do, dv,
-            dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g,
-            0 if gate is None else dgate.stride(-2), eps, blocks, V=width, H=heads, SKIP=skip is not None, DV=with_dv,
+        norm_gradient(
+            (programs, heads),
+            (dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do if y is None else y, do, dv,
+             dgate, dweight, dskip),
+            (rows, stride_dy, stride_o, stride_v, stride_g, 0 if gate is None else dgate.stride(-2), eps, blocks),
+            V=width, H=heads, SKIP=skip is not None, DV=with_dv,
             GATE=gate is not None, Y=y is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
     dskip = o.new_empty(0) if skip is None else dskip.sum(0).to(skip.dtype)

@@ -7,9 +7,11 @@ import triton
 from torch import Tensor
 
 from chela_plugin.kernels.backend import ready_for
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
 
+activation, activation_gradient = Launcher(kernels.activate), Launcher(kernels.gradient)
 ROWS, COLUMNS = 16, 256  # of a program's block: 16 numbers a thread of eight warps
 
 
@@ -25,9 +27,10 @@ def activate(
         log_decay = torch.empty(rows, heads, dtype=torch.float32, device=from_z.device)
     blocks = triton.cdiv(2 * wide, COLUMNS) + triton.cdiv(wide_values, COLUMNS) + (bias is not None)
     with ready_for(from_z):
-        kernels.activate[(triton.cdiv(rows, ROWS), blocks)](
-            from_z, from_x, from_x if bias is None else bias, qk, v, qk if log_decay is None else log_decay, rows,
-            from_z.stride(0), from_x.stride(0), 2 * wide, QK=2 * wide, VALUES=wide_values, H=heads,
+        activation(
+            (triton.cdiv(rows, ROWS), blocks),
+            (from_z, from_x, from_x if bias is None else bias, qk, v, qk if log_decay is None else log_decay),
+            (rows, from_z.stride(0), from_x.stride(0), 2 * wide), QK=2 * wide, VALUES=wide_values, H=heads,
             DECAY=bias is not None, BR=ROWS, BC=COLUMNS, BH=triton.next_power_of_2(heads), num_warps=8,
         )  # fmt: skip
     q, k = qk.view(rows, 2, heads, keys).unbind(1)
@@ -64,11 +67,12 @@ def gradient(
     pad = dfrom_x.shape[1] - wide_values
     blocks = 2 * triton.cdiv(wide, COLUMNS) + triton.cdiv(wide_values, COLUMNS) + (bias is not None)
     with ready_for(from_z):
-        kernels.gradient[(programs, blocks)](
-            dq, dk, dv, do, dq if dlog_decay is None else dlog_decay.contiguous(), from_z, from_x,
-            dq if bias is None else bias, dq if skip is None else skip, dfrom_z, dfrom_x, dbias, rows,
-            from_z.stride(0), from_x.stride(0), dfrom_z.stride(0), dfrom_x.stride(0), KEYS=wide, VALUES=wide_values,
-            V=dv.shape[-1], H=heads, PAD=pad, DECAY=bias is not None, SKIP=skip is not None, BR=ROWS, BC=COLUMNS,
+        activation_gradient(
+            (programs, blocks),
+            (dq, dk, dv, do, dq if dlog_decay is None else dlog_decay.contiguous(), from_z, from_x,
+             dq if bias is None else bias, dq if skip is None else skip, dfrom_z, dfrom_x, dbias),
+            (rows, from_z.stride(0), from_x.stride(0), dfrom_z.stride(0), dfrom_x.stride(0)),
+            KEYS=wide, VALUES=wide_values, V=dv.shape[-1], H=heads, PAD=pad, DECAY=bias is not None, SKIP=skip is not None, BR=ROWS, BC=COLUMNS,
             BH=triton.next_power_of_2(max(heads, pad)), num_warps=8,
         )  # fmt: skip
     return None if bias is None else dbias.sum(0)
