@@ -72,7 +72,7 @@ def gradient(
             (dq, dk, dv, do, dq if dlog_decay is None else dlog_decay.contiguous(), from_z, from_x,
              dq if bias is None else bias, dq if skip is None else skip, dfrom_z, dfrom_x, dbias),
             (rows, from_z.stride(0), from_x.stride(0), dfrom_z.stride(0), dfrom_x.stride(0)),
-            KEYS=wide, VALUES=wide_values, V=dv.shape[-1], H=heads, PAD=pad, DECAY=bias is not None, SKIP=skip is not None, BR=ROWS, BC=COLUMNS,
-            BH=triton.next_power_of_2(max(heads, pad)), num_warps=8,
+            KEYS=wide, VALUES=wide_values, V=dv.shape[-1], H=heads, PAD=pad, DECAY=bias is not None,
+            SKIP=skip is not None, BR=ROWS, BC=COLUMNS, BH=triton.next_power_of_2(max(heads, pad)), num_warps=8,
         )  # fmt: skip
     return None if bias is None else dbias.sum(0)
