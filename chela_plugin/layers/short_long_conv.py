@@ -16,7 +16,7 @@ from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv, short_modal_conv
 
-from . import streaming
+from . import grid_short_long, streaming
 from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
 from .mixer import Cache
 
@@ -266,15 +266,18 @@ class ShortLongConv(nn.Module):
     ) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`; x is zero where `mask` (bool `[B, T]`) is False, which `batch` must know of.
 
-        `silu`: SiLU of the result; a convolution of a sequence does it, and its gradient, in the same pass.
+        `silu`: SiLU of the result, and its gradient, in the same pass where the branches are one convolution.
         """
         if cache is not None:
             return streaming.continued(self, x, mask, cache, silu)
         if self.runs_structured(x):
             return self.structured(x, silu)
-        if self.dims == 1 and self.folds():
+        if self.dims == 2:
+            return grid_short_long.convolved(self, x, mask, grid, silu)
+        if self.folds():
             return self.exact(x, silu)
-        y = self.convolved(x, mask, grid)
+        branches = [self.branch(i, x) for i in range(len(self.branch_norms()))]
+        y = torch.stack([norm(y, mask) for norm, y in zip(self.branch_norms(), branches, strict=True)]).sum(0)
         return F.silu(y) if silu else y
 
     def runs_structured(self, x: Tensor) -> bool:
@@ -309,44 +312,14 @@ class ShortLongConv(nn.Module):
         """All branches of a sequence as one filter as long as it."""
         return long_conv(x, self.folded_taps(x.shape[1]), self.branch_bias(), causal=self.causal, silu=silu)
 
-    def convolved(self, x: Tensor, mask: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
-        """What is not one convolution: on a grid, or under batch norms while training."""
-        if self.dims == 2 and grid is None:
-            raise ValueError("this short-long convolution is two-dimensional and needs grid=(height, width)")
-        if not self.folds():
-            branches = [self.branch(i, x, grid) for i in range(len(self.branch_norms()))]
-            return torch.stack([norm(y, mask) for norm, y in zip(self.branch_norms(), branches, strict=True)]).sum(0)
-        assert grid is not None
-        y = self.conv2d(x, self.folded_short(), grid) + self.folded_bias().to(x.dtype)
-        return y if self.long == "none" else y + self.cross(x, self.folded_long(max(grid)), grid)
-
-    def branch(self, i: int, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def branch(self, i: int, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Branch i before its norm."""
+        if grid is not None:
+            return grid_short_long.branch(self, i, x, grid)
         if i < len(self.short):
-            kernel = precise(self.short_kernels[i])
-            return self.conv2d(x, kernel, grid) if grid else long_conv(x, kernel, causal=self.causal)
-        if grid:
-            return self.cross(x, self.long_taps(max(grid)), grid)
+            return long_conv(x, precise(self.short_kernels[i]), causal=self.causal)
         taps = self.long_taps(x.shape[1])
         return long_conv(x, taps[0] if self.causal else two_sided(taps[0], taps[1]), causal=self.causal)
-
-    def conv2d(self, x: Tensor, kernel: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """k x k depthwise convolution of the grid; kernel `[D, k, k]`."""
-        assert grid is not None
-        image = x.transpose(1, 2).unflatten(2, grid)
-        # F.conv2d correlates; kernels here convolve, as `long_conv` does.
-        weight = kernel.flip(1, 2).unsqueeze(1).to(x.dtype)
-        return F.conv2d(image, weight, padding=kernel.shape[-1] // 2, groups=self.dim).flatten(2).transpose(1, 2)
-
-    def cross(self, x: Tensor, taps: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Row kernel plus column kernel; taps `[4, D, length]`: right, left, down, up."""
-        h, w = grid
-        image = x.unflatten(1, grid)  # [B, h, w, D]
-        right, left, down, up = taps
-        rows = long_conv(image.flatten(0, 1), two_sided(right[:, :w], left[:, :w]), causal=False)
-        columns = image.transpose(1, 2).flatten(0, 1)  # [B w, h, D]
-        columns = long_conv(columns, two_sided(down[:, :h], up[:, :h]), causal=False)
-        return rows.reshape(x.shape) + columns.unflatten(0, (-1, w)).transpose(1, 2).reshape(x.shape)
 
     def init_cache(self, batch_size: int, *, device=None, dtype=None, max_tokens: int | None = None) -> Cache:
         """An empty history, by default where and as the weights are; what it keeps and costs: `streaming.py`."""

@@ -1,7 +1,7 @@
 """Depthwise convolution of images whose channels stand innermost: k x k taps plus a row and a column kernel.
 
-`reference.py` is the definition, `triton.py` and `triton_norm.py` the kernels, `launch.py` their launches, `ops.py` what
-torch sees of them.
+`reference.py` is the definition, `triton.py` and `triton_norm.py` are the kernels, `launch.py` launches them, `ops.py`
+is what torch sees of them.
 """
 
 from __future__ import annotations
@@ -90,18 +90,22 @@ def grid_conv_norm(
     Returns `[B, h, w, D]` in x's dtype. Differentiable in x, shorts, cross, weights and biases.
     """
     check(x, shorts, cross)
-    branches = len(shorts) + (cross is not None)
-    if len(weights) != branches or len(biases) != branches or (running is not None and len(running) != branches):
-        raise ValueError(f"{branches} branches need as many weights and biases, got {len(weights)} and {len(biases)}")
+    expected = len(shorts) + (cross is not None)
+    if len(weights) != expected or len(biases) != expected or (running is not None and len(running) != expected):
+        raise ValueError(f"{expected} branches need as many weights and biases, got {len(weights)} and {len(biases)}")
     if fits(x) and not traced(x):
         from . import ops
 
         return ops.Normed.apply(x, cross, len(shorts), running, momentum, eps, silu, *shorts, *weights, *biases)
-    places = x.numel() // x.shape[3]
+    branches = [grid_conv(x, short) for short in shorts]
+    if cross is not None:
+        branches.append(grid_conv(x, None, cross))
     with without_autocast(x):
-        stacked = torch.stack(list(weights)), torch.stack(list(biases))
-        y, means, variances = reference.grid_conv_norm(x, list(shorts), cross, *stacked, eps, silu)
+        y, means, variances = reference.normed(
+            branches, torch.stack(list(weights)), torch.stack(list(biases)), eps, silu
+        )
         if running is not None:
+            places = x.numel() // x.shape[3]
             with torch.no_grad():
                 for (mean, var), new_mean, new_var in zip(running, means, variances, strict=True):
                     mean.lerp_(new_mean.to(mean.dtype), momentum)

@@ -13,8 +13,8 @@ from . import triton as kernels
 from . import triton_norm as norms
 
 CHANNELS = 64  # of a program: one warp, two a lane, so that bf16 comes in whole lines of 128 bytes
-ROWS = 2  # of outputs a program makes; with 16 columns, 64 sums a thread
-COLUMNS = (16, 14, 8, 7, 4)  # of outputs; what wastes least of the grid is taken, the widest of equals
+ROWS = 2  # of outputs a program makes; with 8 columns, 32 sums a thread
+COLUMNS = (8, 7, 4)  # of outputs; what wastes least of the grid is taken, the widest of equals
 PROGRAMS = 2112  # of a gradient of taps: 16 warps on each of an H100's 132 processors
 Pair = tuple[int, int]
 
@@ -177,7 +177,7 @@ def cross_gradient(x: Tensor, dy: Tensor, cross: Tensor, scale: Tensor | None) -
     return dcross.to(cross.dtype).contiguous(), dscale
 
 
-# Under batch norms -----------------------------------------------------------------------------------------------------
+# Under batch norms ---------------------------------------------------------------------------------------------------
 
 
 def forward_norm(

@@ -42,21 +42,17 @@ def two_sided(ahead: Tensor, behind: Tensor) -> Tensor:
     return torch.cat([behind[:, 1:].flip(-1), ahead], dim=-1)
 
 
-def grid_conv_norm(
-    x: Tensor,
-    shorts: list[Tensor],
-    cross: Tensor | None,
-    weights: Tensor,
-    biases: Tensor,
-    eps: float,
-    silu: bool,
+def normed(
+    branches: list[Tensor], weights: Tensor, biases: Tensor, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid_conv_norm`; the result, and mean and variance (biased) of each branch, `[branches, D]`."""
-    branches = [grid_conv(x, short, None, None, None, False) for short in shorts]
-    if cross is not None:
-        branches.append(grid_conv(x, None, cross, None, None, False))
-    y = torch.stack(branches).to(torch.promote_types(x.dtype, torch.float32))
+    """Branches `[B, h, w, D]` under a batch norm each, summed; then mean and biased variance of each, `[branches, D]`.
+
+    weights, biases: `[branches, D]`.
+    """
+    y = torch.stack(branches)
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
     var, mean = torch.var_mean(y, dim=(1, 2, 3), correction=0)
-    a = weights * torch.rsqrt(var + eps)
-    u = torch.einsum("nbhwd,nd->bhwd", y - mean[:, None, None, None], a.to(y.dtype)) + biases.sum(0)
-    return (F.silu(u) if silu else u).to(x.dtype), mean, var
+    a = weights.to(y.dtype) * torch.rsqrt(var + eps)
+    shift = biases.to(y.dtype).sum(0) - (a * mean).sum(0)
+    u = sum(branch * scale for branch, scale in zip(y.unbind(0), a.unbind(0), strict=True)) + shift
+    return (F.silu(u) if silu else u).to(branches[0].dtype), mean, var

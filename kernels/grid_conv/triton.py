@@ -11,6 +11,7 @@ Tensor cores would need the image of one channel as a matrix, so a change of lay
 (14 to 128) that costs what these multiplications cost.
 """
 
+# ruff: noqa: RUF005  # Triton joins tuples; it has no starred ones.
 import triton
 import triton.language as tl
 
@@ -118,7 +119,7 @@ def convolve(
                     t = tl.load(middle - lag * D if TRANSPOSED else middle + lag * D, mask=known, other=0.0)
                     after = ()
                     for j in tl.static_range(W):
-                        if 0 <= j - s + (W - 1) and j - s + (W - 1) < W:
+                        if j - s + (W - 1) >= 0 and j - s + (W - 1) < W:
                             after = after + (line[j] + t * row[j - s + (W - 1)],)
                         else:
                             after = after + (line[j],)
@@ -215,7 +216,7 @@ def line_gradient(x, dy, dtaps, count, D, step, inner, inner_step, outer_step, l
             for s in tl.static_range(2 * W - 1):
                 total = found[s]
                 for j in tl.static_range(W):
-                    if 0 <= j - s + (W - 1) and j - s + (W - 1) < W:
+                    if j - s + (W - 1) >= 0 and j - s + (W - 1) < W:
                         total += g[j] * row[j - s + (W - 1)]
                 updated = updated + (total,)
             found = updated
