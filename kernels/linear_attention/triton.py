@@ -16,8 +16,8 @@ Forward it is (a, b, c) = (q, k, v). The gradients are the same sum with other o
 so one body serves all four; the backward pass runs the three gradients as three roles of one launch, which read their
 common inputs through the L2 cache. Nothing but inputs, outputs and one state per segment is kept for it: the scores
 and the states inside a segment are computed again. Without decay dq, too, goes against time, so that all three roles
-read the same tokens at the same time: it starts from the state at the segment's end and takes it apart again,
-dO_t S_t^T = dO_t S_end^T - sum_{s > t} (dO_t . v_s) k_s, a walk like the others with a sign and y = x left out.
+read the same tokens at the same time: it starts from the state at the segment's end and takes it apart again, chunk by
+chunk, S_start = S_end - sum_s k_s^T v_s.
 
 No product takes a computed tile transposed: every role computes its scores the way round that it needs them. Triton 3.4
 to 3.7.0 compiles such products wrongly on Hopper (flash-linear-attention, issue 640), where they come from registers.
@@ -176,23 +176,24 @@ def _read(a, S, PRECISION: tl.constexpr):
 
 @triton.jit
 def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stride_out,
-          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, x0, n, log_decay, g, scale,
+          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, x0, n, dots, log_decay, g, scale,
           against, strict, W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr,
           BT: tl.constexpr, DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, ROW_DOT: tl.constexpr,
-          PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+          THROUGH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One segment, columns x0 to x0 + BX of c and out. Pointers stand at the segment's first token.
 
-    against: 0 in time, 1 against it (y then runs from x to the end). strict: 1 leaves y = x out. DECAY: 0 none,
-    1 static, 2 per token. CARRY: the walk starts from `carry_scale * carry[w * carry_w + x * carry_x]`. END: the state
-    it ends with, times end_scale, goes to `end`, laid out like `carry`. Rows from carry_rows and end_rows on (W, or 0
-    for none) are left out. ROW_DOT: `row_dot[t] = out_t . e_t` over these columns.
+    against: 0 in time, 1 against it (y then runs from x to the end). THROUGH (against time only): a reads the state on
+    the far side of its chunk, less the chunk's pairs that lie before it: y < x where strict is 1, y <= x where it is 0.
+    DECAY: 0 none, 1 static, 2 per token. CARRY: the walk starts from `carry_scale * carry[w * carry_w + x * carry_x]`.
+    END: the state it ends with, times end_scale, goes to `end`, laid out like `carry`. Rows from carry_rows and
+    end_rows on (W, or 0 for none) are left out. ROW_DOT: `row_dot[t] = out_t . e_t` over these columns, t < dots.
     """
     a_tiles = _tiles(a, n, stride_a, W, BT, BW)
     b_tiles = _tiles(b, n, stride_b, W, BT, BW)
     c_tiles = _tiles(c, n, stride_c, X, BT, BX)
     out_tiles = _tiles(out, n, stride_out, X, BT, BX)
     if ROW_DOT:
-        e_tiles = _tiles(e, n, stride_e, X, BT, BX)
+        e_tiles = _tiles(e, dots, stride_e, X, BT, BX)
     w = tl.arange(0, BW)[:, None]
     x = x0 + tl.arange(0, BX)[None, :]
     at = w * carry_w + x * carry_x
@@ -202,7 +203,10 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
         S = tl.zeros((BW, BX), tl.float32)
     place = tl.arange(0, BT)
     sign = 1 - 2 * against
-    seen = (place[:, None] - place[None, :]) * sign >= strict
+    lag = (place[:, None] - place[None, :]) * sign
+    seen = lag <= -strict if THROUGH else lag >= 0
+    if DECAY == 1:  # the same in every chunk
+        weights = tl.where(seen, tl.exp2(log_decay * lag.to(tl.float32)), 0.0)
     chunks = tl.cdiv(n, BT)
     g_tiles = _sums(g, n, DECAY, BT)
     for i in tl.range(0, chunks, num_stages=STAGES):
@@ -211,20 +215,26 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
         b_t = b_tiles.load([t0, 0])
         c_t = c_tiles.load([t0, x0])
         P = tl.dot(a_t, tl.trans(b_t), input_precision=PRECISION)
+        if THROUGH:
+            S = _add(S, b_t, c_t, 1.0, 1.0, DECAY, PRECISION)
         result = _read(a_t, S, PRECISION)
         if DECAY:
             g_t, g_end = _chunk_decay(log_decay, g, g_tiles, t0, n, DECAY, BT)
             from_start, to_end = tl.exp2(g_t), tl.exp2(g_end - g_t)
-            g_t = g_t * sign
-            P *= tl.exp2(g_t[:, None] - g_t[None, :])  # above 1, even infinite, only where it is masked out below
             result *= (to_end if against else from_start)[:, None]
             S = _add(S, b_t, c_t, from_start if against else to_end, tl.exp2(g_end), DECAY, PRECISION)
-        else:
+        elif not THROUGH:
             S = _add(S, b_t, c_t, 1.0, 1.0, DECAY, PRECISION)
-        P = tl.where(seen, P, 0.0)
+        if DECAY == 1:
+            P *= weights
+        elif DECAY == 2:
+            g_t = g_t * sign  # weights above 1, even infinite ones, stand only where they are left out
+            P = tl.where(seen, P * tl.exp2(g_t[:, None] - g_t[None, :]), 0.0)
+        else:
+            P = tl.where(seen, -P if THROUGH else P, 0.0)
         result = tl.dot(P.to(c_t.dtype), c_t, acc=result, input_precision=PRECISION) * scale
         if ROW_DOT:
-            tl.store(row_dot + t0 + place, tl.sum(result * e_tiles.load([t0, x0]).to(tl.float32), 1), t0 + place < n)
+            tl.store(row_dot + t0 + place, tl.sum(result * e_tiles.load([t0, x0]).to(tl.float32), 1), t0 + place < dots)
         out_tiles.store([t0, x0], result.to(out.dtype.element_ty))
     if END:
         tl.store(end + at, S * end_scale, (w < end_rows) & (x < X))
@@ -254,8 +264,8 @@ def forward(q, k, v, o, log_decay, g, carry, end, cuts, g_stride, scale, T, H, S
     h = h.to(tl.int64)
     _walk(q + row * q_b + start * q_t + h * q_h, k + row * k_b + start * k_t + h * k_h,
           v + row * v_b + start * v_t + h * v_h, q, o + ((row * T + start) * H + h) * V, q, q_t, k_t, v_t, q_t, H * V,
-          carry + state, K, V, 1, 1.0, end + state, K, 1.0, x0, n, log_decay, g, scale, 0, 0,
-          K, V, BK, BX, BT, DECAY, CARRY, END, False, PRECISION, STAGES)  # fmt: skip
+          carry + state, K, V, 1, 1.0, end + state, K, 1.0, x0, n, 0, log_decay, g, scale, 0, 0,
+          K, V, BK, BX, BT, DECAY, CARRY, END, False, False, PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -272,8 +282,10 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after,
         dk_s = scale * (v_s R^T             + sum_{t >= s} exp(g_t - g_s) (v_s . dO_t) q_t)
         dv_s = scale * (k_s R               + sum_{t >= s} exp(g_t - g_s) (k_s . q_t) dO_t)
 
-    Without decay S_{t0} = S_{t1} - sum_{t0 < s <= t1} k_s^T v_s, and dq goes against time too:
-    dq_t = -scale * (dO_t (-S_T)^T + sum_{s > t} (dO_t . v_s) k_s).
+    Without decay S_{t0} = S_{t1} - sum_{t0 < s <= t1} k_s^T v_s, and dq goes against time too, from -S_T:
+    dq_t = -scale * (dO_t (-S_{t0})^T - sum_{t0 < s <= t} (dO_t . v_s) k_s), t0 the start of t's chunk. dk and dv then
+    read R at the start of the chunk, too: one order of products for the three. (The state at the chunk's end, less the
+    pairs behind t, would do as well but for its size: it made bf16's rounding 1.7 % larger in dq.)
 
     `before` holds S at the segments' starts, or at their ends where there is no decay; `after` holds R at their ends
     (dS_T itself where AFTER_SCALED). With decay `dot_q[t] = q_t . dq_t` and `dot_k` likewise, one row for each column
@@ -313,34 +325,35 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after,
     against = 1
     if DECAY:
         against = 0 if is_dq else 1
-    strict = 0
+    strict = 0 if is_dq else 1
     if DECAY == 0:
-        strict = 1 if is_dq else 0
         scale = -scale if is_dq else scale
-    if K == V and DECAY == 0:  # one body for the three roles: less code, less shared memory
+    dots = n if DECAY else 0
+    block = role % k_columns
+    dot = dot_q
+    if DECAY:
+        dot = (dot_q if is_dq else dot_k) + (block.to(tl.int64) * H + h) * tokens + at
+    if K == V:  # one body for the three roles: less code, less shared memory
+        dots = 0 if is_dv else dots
         _walk(do if is_dq else (k if is_dv else v), v if is_dq else (q if is_dv else do),
-              k if is_dq else (do if is_dv else q), q, dq if is_dq else (dv if is_dv else dk), dot_q,
+              k if is_dq else (do if is_dv else q), q if is_dq else k, dq if is_dq else (dv if is_dv else dk), dot,
               do_t if is_dq else (k_t if is_dv else v_t), v_t if is_dq else (q_t if is_dv else do_t),
-              k_t if is_dq else (do_t if is_dv else q_t), q_t, H * K,
+              k_t if is_dq else (do_t if is_dv else q_t), q_t if is_dq else k_t, H * K,
               before if is_dq else after, before_rows if is_dq else after_rows, V if is_dv else 1, 1 if is_dv else V,
               before_scale if is_dq else after_scale, dinitial, K if is_dv else 0, scale,
-              (role % k_columns) * XK, n, log_decay, g, scale, against, strict,
-              V, K, BV, XK, BT, DECAY, BEFORE or AFTER, END, False, PRECISION, STAGES)  # fmt: skip
+              block * XK, n, dots, log_decay, g, scale, against, strict,
+              V, K, BV, XK, BT, DECAY, BEFORE or AFTER, END, DECAY != 0, DECAY == 0, PRECISION, STAGES)  # fmt: skip
     elif is_dv:
         _walk(k, q, do, k, dv, dot_q, k_t, q_t, do_t, k_t, H * V, after, after_rows, V, 1, after_scale, dinitial, K,
-              scale, (role - 2 * k_columns) * XV, n, log_decay, g, scale, 1, 0,
-              K, V, BK, XV, BT, DECAY, AFTER, END, False, PRECISION, STAGES)  # fmt: skip
+              scale, (role - 2 * k_columns) * XV, n, 0, log_decay, g, scale, 1, 1,
+              K, V, BK, XV, BT, DECAY, AFTER, END, False, DECAY == 0, PRECISION, STAGES)  # fmt: skip
     else:
-        block = role % k_columns
-        dot = dot_q
-        if DECAY:
-            dot = (dot_q if is_dq else dot_k) + (block.to(tl.int64) * H + h) * tokens + at
         _walk(do if is_dq else v, v if is_dq else do, k if is_dq else q, q if is_dq else k, dq if is_dq else dk, dot,
               do_t if is_dq else v_t, v_t if is_dq else do_t, k_t if is_dq else q_t, q_t if is_dq else k_t, H * K,
               before if is_dq else after, before_rows if is_dq else after_rows, 1, V,
-              before_scale if is_dq else after_scale, before, 0, 1.0, block * XK, n, log_decay, g, scale,
-              against, strict,
-              V, K, BV, XK, BT, DECAY, BEFORE or AFTER, False, DECAY != 0, PRECISION, STAGES)  # fmt: skip
+              before_scale if is_dq else after_scale, before, 0, 1.0, block * XK, n, dots, log_decay, g, scale,
+              against, strict, V, K, BV, XK, BT, DECAY, BEFORE or AFTER, False, DECAY != 0, DECAY == 0,
+              PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit
