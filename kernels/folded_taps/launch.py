@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import ceil_div, next_power_of_2
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
 
 BLOCK = 1024  # columns a program
 SHORT_GROUP = 16  # channels a program where no filter is shared
+
+launch_fold, launch_fold_gradient = Launcher(kernels.fold), Launcher(kernels.fold_gradient)
+launch_sub_kernel_gradient = Launcher(kernels.sub_kernel_gradient)
+launch_short_gradient = Launcher(kernels.short_gradient)
 
 
 class Shape(NamedTuple):
@@ -91,8 +96,9 @@ def forward(
     inputs = _some(source, ratio_logit, _flat(short), scales)
     taps = torch.empty(shape.channels, shape.columns, dtype=torch.float32, device=inputs[0].device)
     block = min(BLOCK, next_power_of_2(shape.columns))
-    kernels.fold[(shape.groups, ceil_div(shape.columns, block))](
-        *inputs, taps, shape.channels, shape.shared, shape.groups, shape.centre, length, shape.columns, BLOCK=block,
+    launch_fold(
+        (shape.groups, ceil_div(shape.columns, block)), (*inputs, taps),
+        (shape.channels, shape.shared, shape.groups, shape.centre, length, shape.columns), BLOCK=block,
         **_options(source, ratio_logit, short, scales, causal), num_warps=4 if block > 64 else 1,
     )  # fmt: skip
     return taps
@@ -124,18 +130,19 @@ def backward(
         dlong = torch.empty(
             source.shape[0], length, dtype=torch.float32 if options["SUB"] else source.dtype, device=device
         )
-        kernels.fold_gradient[(groups, blocks)](
-            *inputs, dtaps, dlong, dtaps if shares is None else shares, channels, shared, groups, centre, length,
-            columns, blocks, BLOCK=block, num_warps=4 if block > 64 else 1,
+        launch_fold_gradient(
+            (groups, blocks), (*inputs, dtaps, dlong, dtaps if shares is None else shares),
+            (channels, shared, groups, centre, length, columns, blocks), BLOCK=block, num_warps=4 if block > 64 else 1,
             **{name: options[name] for name in ("S", "SUB", "LONG_SCALE", "TWO_SIDED")},
         )  # fmt: skip
         dsource = dlong
         if ratio_logit is not None:
             dsource, dratio = torch.empty_like(source), torch.empty_like(ratio_logit)
             sub = options["SUB"]
-            kernels.sub_kernel_gradient[(source.shape[0],)](
-                *inputs[:2], dlong, dsource, dratio, length, ((length - 1) // sub + 1).bit_length(), S=options["S"],
-                SUB=sub, NODES=next_power_of_2(sub), BLOCK=256, num_warps=4,
+            launch_sub_kernel_gradient(
+                (source.shape[0],), (*inputs[:2], dlong, dsource, dratio),
+                (length, ((length - 1) // sub + 1).bit_length()),
+                S=options["S"], SUB=sub, NODES=next_power_of_2(sub), BLOCK=256, num_warps=4,
             )  # fmt: skip
     dscales = None if scales is None else torch.empty_like(scales)
     dshort: list[Tensor] = []
@@ -145,9 +152,11 @@ def backward(
         widest = max(options["WIDTHS"])
         if source is None and shares is not None:
             options["LONG"], blocks = True, shares.shape[1]
-        kernels.short_gradient[(ceil_div(channels, 8),)](
-            dtaps if flat is None else flat, inputs[2], dtaps, dtaps if shares is None else shares, flat_gradient,
-            dtaps if dscales is None else dscales, channels, centre, columns, blocks,
+        launch_short_gradient(
+            (ceil_div(channels, 8),),
+            (dtaps if flat is None else flat, inputs[2], dtaps, dtaps if shares is None else shares, flat_gradient,
+             dtaps if dscales is None else dscales),
+            (channels, centre, columns, blocks),
             ROWS=0 if scales is None else scales.shape[0], NODES=next_power_of_2(widest),
             BLOCK=min(next_power_of_2(blocks), 64), CHANNELS=8, num_warps=1,
             **{name: options[name] for name in ("WIDTHS", "KERNELS", "SHORT_SCALED", "LONG", "TWO_SIDED")},

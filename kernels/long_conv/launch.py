@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import ceil_div, precision
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
 from .configs import CHUNK_BYTES, SLAB_BYTES, algorithm, blocks_for, lag_blocks_for
@@ -16,6 +17,12 @@ from .reference import fast_length
 
 TILE_T, TILE_D = 64, 64  # of the copies between layouts, which run at a plain copy's speed
 LINE = 512
+
+launch_to_chunks, launch_from_chunks = Launcher(kernels.to_chunks), Launcher(kernels.from_chunks)
+launch_shifted_taps, launch_toeplitz = Launcher(kernels.shifted_taps), Launcher(kernels.toeplitz)
+launch_lag_products, launch_sum_diagonals = Launcher(kernels.lag_products), Launcher(kernels.sum_diagonals)
+launch_weigh, launch_real_part = Launcher(kernels.weigh), Launcher(kernels.real_part)
+launch_correlate = Launcher(kernels.correlate)
 
 
 def lags_of(tokens: int, taps: Tensor, causal: bool) -> tuple[int, int, int]:
@@ -136,7 +143,7 @@ def backward(
             c = torch.empty_like(h)
             spectra = (g, _spectrum(x[..., part], 0, tokens - 1, n), h, c)
             grid = (h.shape[0], ceil_div(n, LINE))
-            kernels.correlate[grid](*(torch.view_as_real(z) for z in spectra), batch, n, BLOCK=LINE)
+            launch_correlate(grid, [torch.view_as_real(z) for z in spectra], (batch, n), BLOCK=LINE)
             del spectra
             c = torch.fft.ifft(c, norm="forward")
             _read_real(c, _as_tokens(dtaps[part], 0, last, centre), Epilogue())
@@ -215,10 +222,11 @@ def to_chunks(
     grid, sizes = _tiles(x.shape, slots * M, TILE_T, TILE_D)
     before = x if u is None else u
     rows = out if sums is None else sums
-    kernels.to_chunks[grid](
-        x, before, out, rows, x if places is None else places, slots, tokens, channels, *sizes, *x.stride(),
-        *before.stride(), out.stride(2), out.stride(1), out.stride(0), rows.stride(0), M=M, PACKED=places is not None,
-        SILU=u is not None, SUM=sums is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
+    launch_to_chunks(
+        grid, (x, before, out, rows, x if places is None else places),
+        (slots, tokens, channels, *sizes, *x.stride(), *before.stride(), out.stride(2), out.stride(1), out.stride(0),
+         rows.stride(0)),
+        M=M, PACKED=places is not None, SILU=u is not None, SUM=sums is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return Chunks(out, places)
 
@@ -238,9 +246,10 @@ def _toeplitz(
     copies = kernels.COPIES.value
     P = ceil_div((high - low + 1) * step + M - copies, 16) * 16
     table = torch.empty(channels, copies, P, dtype=x.dtype, device=x.device)
-    kernels.shifted_taps[(channels, ceil_div(P, LINE))](
-        taps, table, centre, first, last, M - copies - low * step, P, *taps.stride(), SIGN=sign, BLOCK=LINE
-    )
+    launch_shifted_taps(
+        (channels, ceil_div(P, LINE)), (taps, table),
+        (centre, first, last, M - copies - low * step, P, *taps.stride()), SIGN=sign, BLOCK=LINE,
+    )  # fmt: skip
     direct = places is None and time_first(out)
     y = out if direct else torch.empty_like(x)
     rows = (tokens + 7) // 8 * 8 if direct else slots * M
@@ -249,16 +258,18 @@ def _toeplitz(
     last_pass = {"SILU": end.silu, "SAVE": end.u is not None}
     here = last_pass if direct else {"SILU": False, "SAVE": False}
     u = out if end.u is None else end.u
-    kernels.toeplitz[(tiles * channels,)](
-        x, table, table if end.bias is None else end.bias, y, u, x if places is None else places, batch, slots,
-        rows // 8, tiles, low, high, P // 8, x.stride(0) // 8, y_b // 8, y_i // 8, y_d // 8,
+    launch_toeplitz(
+        (tiles * channels,),
+        (x, table, table if end.bias is None else end.bias, y, u, x if places is None else places),
+        (batch, slots, rows // 8, tiles, low, high, P // 8, x.stride(0) // 8, y_b // 8, y_i // 8, y_d // 8),
         M=M, N=blocks.columns, BK=step, BIAS=end.bias is not None, PACKED=places is not None,
         PRECISION=precision(x.dtype), STAGES=blocks.stages, num_warps=blocks.warps, **here,
     )  # fmt: skip
     if not direct:
         grid, sizes = _tiles(out.shape, slots * M, TILE_T, TILE_D)
-        kernels.from_chunks[grid](
-            y, out, u, x if places is None else places, slots, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride(),
+        launch_from_chunks(
+            grid, (y, out, u, x if places is None else places),
+            (slots, tokens, channels, *sizes, y_b, y_i, y_d, *out.stride()),
             M=M, PACKED=places is not None, BT=TILE_T, BD=TILE_D, num_warps=4, **last_pass,
         )  # fmt: skip
 
@@ -272,14 +283,16 @@ def _lag_sums(dy: Chunks, x: Chunks, dtaps: Tensor, first: int, last: int, centr
     low, high = -ceil_div(-first, M), ceil_div(last, M)
     count = high - low + 1
     part = torch.empty(channels, count, 2, M, dtype=torch.float32, device=dtaps.device)
-    kernels.lag_products[(ceil_div(count, 2) * channels,)](
-        x.data, dy.data, part, x.data if places is None else places, batch, slots, count, low, x.data.stride(0) // 8,
-        dy.data.stride(0) // 8, CHUNK=chunk, M=M, N=block.rows, PACKED=places is not None, PRECISION=precision(dtype),
+    launch_lag_products(
+        (ceil_div(count, 2) * channels,), (x.data, dy.data, part, x.data if places is None else places),
+        (batch, slots, count, low, x.data.stride(0) // 8, dy.data.stride(0) // 8),
+        CHUNK=chunk, M=M, N=block.rows, PACKED=places is not None, PRECISION=precision(dtype),
         STAGES=block.stages, num_warps=block.warps, maxnreg=block.registers,
     )  # fmt: skip
-    kernels.sum_diagonals[(channels, ceil_div(dtaps.shape[1], LINE))](
-        part, dtaps, count, low, centre, first, last, dtaps.shape[1], M=M, BLOCK=LINE
-    )
+    launch_sum_diagonals(
+        (channels, ceil_div(dtaps.shape[1], LINE)), (part, dtaps),
+        (count, low, centre, first, last, dtaps.shape[1]), M=M, BLOCK=LINE,
+    )  # fmt: skip
 
 
 def _reads_as_rows(x: Tensor) -> bool:
@@ -309,9 +322,11 @@ def _spectrum(x: Tensor, first: int, last: int, n: int, u: Tensor | None = None,
     pairs = torch.view_as_real(z)
     grid, sizes = _tiles(x.shape, n, TILE_T, TILE_D)
     before, rows = x if u is None else u, pairs if sums is None else sums
-    kernels.weigh[grid](
-        x, before, pairs, rows, first, last, channels, n, *sizes, math.pi / 2 / n, *x.stride(), *before.stride(),
-        pairs.stride(1), pairs.stride(0), rows.stride(0), TWO_SIDED=first < 0, SILU=u is not None,
+    launch_weigh(
+        grid, (x, before, pairs, rows),
+        (first, last, channels, n, *sizes, math.pi / 2 / n, *x.stride(), *before.stride(), pairs.stride(1),
+         pairs.stride(0), rows.stride(0)),
+        TWO_SIDED=first < 0, SILU=u is not None,
         SUM=sums is not None, BT=TILE_T, BD=TILE_D, num_warps=4,
     )  # fmt: skip
     return torch.fft.fft(z)
@@ -326,8 +341,9 @@ def _read_real(z: Tensor, y: Tensor, end: Epilogue) -> None:
     n = z.shape[2]
     pairs = torch.view_as_real(z)
     grid, sizes = _tiles(y.shape, y.shape[1], TILE_T, TILE_D)
-    kernels.real_part[grid](
-        pairs, y, y if end.u is None else end.u, pairs if end.bias is None else end.bias, y.shape[1], y.shape[2], n,
-        *sizes, math.pi / 2 / n, 1 / n, pairs.stride(1), pairs.stride(0), *y.stride(), **end.options(), BT=TILE_T,
+    launch_real_part(
+        grid, (pairs, y, y if end.u is None else end.u, pairs if end.bias is None else end.bias),
+        (y.shape[1], y.shape[2], n, *sizes, math.pi / 2 / n, 1 / n, pairs.stride(1), pairs.stride(0), *y.stride()),
+        **end.options(), BT=TILE_T,
         BD=TILE_D, num_warps=4,
     )  # fmt: skip

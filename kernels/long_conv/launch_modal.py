@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import ceil_div, next_power_of_2, precision
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton_modal as kernels
 from .configs import SHORT_CHANNELS, SHORT_PARTS, SHORT_WARPS, ModalBlocks, modal_blocks_for, modal_segment_size
+
+launch_matrices, launch_ends, launch_carry = (
+    Launcher(kernel) for kernel in (kernels.modal_matrices, kernels.modal_ends, kernels.modal_carry)
+)
+launch_scan, launch_sums = Launcher(kernels.modal_scan), Launcher(kernels.modal_sums)
+launch_gradient, launch_short_sums = Launcher(kernels.modal_gradient), Launcher(kernels.short_sums)
 
 
 class Plan(NamedTuple):
@@ -132,8 +139,8 @@ def matrices(f: Filter, dtype: torch.dtype, plan: Plan, strict: bool = False) ->
         torch.empty(groups, 2, C, plan.SP, dtype=dtype, device=log_time.device),
         torch.empty(groups, 2, 2, plan.SP, **wide),
     )
-    kernels.modal_matrices[(groups,)](
-        log_time, frequency, residue, *made, modes, plan.size, C=C, SP=plan.SP, STRICT=strict
+    launch_matrices(
+        (groups,), (log_time, frequency, residue, *made), (modes, plan.size), C=C, SP=plan.SP, STRICT=strict
     )
     return made
 
@@ -161,13 +168,14 @@ def _starts(x: Tensor, flipped: bool, into: Tensor, turn: Tensor, plan: Plan, re
     starts = torch.empty_like(ends)
     places = x if plan.places is None else plan.places
     start, strides = view_of(x, flipped)
-    kernels.modal_ends[_grid(blocks, plan)](
-        start, ends, into, turn, places, *_common(x, plan), *strides, REVERSE=reverse, **_options(blocks, x, plan)
-    )
+    launch_ends(
+        _grid(blocks, plan), (start, ends, into, turn, places), (*_common(x, plan), *strides), REVERSE=reverse,
+        **_options(blocks, x, plan),
+    )  # fmt: skip
     rows = 1 if plan.places is not None else plan.rows
-    kernels.modal_carry[(plan.Q * rows,)](
-        ends, starts, turn, places, plan.Q, plan.segments, plan.per_row, plan.blocks, SP=plan.SP, CB=plan.channels,
-        REVERSE=reverse, PACKED=plan.places is not None, num_warps=1,
+    launch_carry(
+        (plan.Q * rows,), (ends, starts, turn, places), (plan.Q, plan.segments, plan.per_row, plan.blocks),
+        SP=plan.SP, CB=plan.channels, REVERSE=reverse, PACKED=plan.places is not None, num_warps=1,
     )  # fmt: skip
     return starts
 
@@ -186,10 +194,12 @@ def _scan(
     x_start, x_strides = view_of(x, flipped)
     y_start, y_strides = view_of(y, flipped)
     others = (view_of(t, flipped).start if t is not None and t.numel() else y_start for t in (u, add))
-    kernels.modal_scan[_grid(blocks, plan)](
-        x_start, y_start, *others, states, x if starts is None else starts, m.taps, into, out, m.turn,
-        *(x if t is None else t.contiguous() for t in (f.short, f.scale, f.bias)),
-        x if plan.places is None else plan.places, *_common(x, plan), *x_strides, *y_strides,
+    launch_scan(
+        _grid(blocks, plan),
+        (x_start, y_start, *others, states, x if starts is None else starts, m.taps, into, out, m.turn,
+         *(x if t is None else t.contiguous() for t in (f.short, f.scale, f.bias)),
+         x if plan.places is None else plan.places),
+        (*_common(x, plan), *x_strides, *y_strides),
         K=0 if f.short is None else f.short.shape[1], AHEAD=ahead, ADD=add is not None, SCALE=f.scale is not None,
         BIAS=f.bias is not None and not reverse, SILU=silu, SAVE=save, CARRY=starts is not None, REVERSE=reverse,
         **_options(blocks, x, plan),
@@ -210,10 +220,10 @@ def sides_of(x: Tensor, f: Filter, cu_seqlens: Tensor | None, causal: bool) -> l
     modes = f.log_time.shape[1]
     sides: list[Side] = []
     for flipped in (False,) if causal else (False, True):
-        poles = f[:3] if causal else [t.chunk(2)[flipped] for t in f[:3]]
+        time, turn, c = (t if causal else t.chunk(2)[flipped] for t in f[:3])
         cuts = x.shape[1] - cu_seqlens.flip(0) if flipped and cu_seqlens is not None else cu_seqlens
-        plan = sides[0].plan if sides and cuts is None else plan_for(x, poles[0].shape[0], modes, cuts)
-        part = Filter(*poles, None if flipped else f.short, f.scale, f.bias if causal or flipped else None)
+        plan = sides[0].plan if sides and cuts is None else plan_for(x, time.shape[0], modes, cuts)
+        part = Filter(time, turn, c, None if flipped else f.short, f.scale, f.bias if causal or flipped else None)
         sides.append(Side(part, plan, matrices(part, x.dtype, plan, strict=flipped), flipped))
     return sides
 
@@ -278,7 +288,7 @@ def backward(
     ahead = taps_ahead(f, causal)
     du, dshort, dbias = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
     like: Any = {"memory_format": torch.contiguous_format}
-    poles = tuple(torch.empty_like(t, **like) for t in f[:3])
+    dtime, dturn, dc = (torch.empty_like(t, **like) for t in f[:3])
     before: Tensor | None = None
     shares = []
     for i, (side, kept) in enumerate(zip(sides, states.chunk(len(sides)), strict=True)):
@@ -289,9 +299,9 @@ def backward(
             flipped=side.flipped, ahead=ahead, add=before,
         )  # fmt: skip
         before = found
-        shares.append(_filter_sums(du, x, kept, adjoints, side, [t.chunk(len(sides))[i] for t in poles]))
+        shares.append(_filter_sums(du, x, kept, adjoints, side, [t.chunk(len(sides))[i] for t in (dtime, dturn, dc)]))
     dscale = None if f.scale is None else shares[0] if causal else torch.cat(shares, 1)
-    return dx, *poles, dshort, dscale, dbias
+    return dx, dtime, dturn, dc, dshort, dscale, dbias
 
 
 def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: Side, poles: list[Tensor]) -> Tensor:
@@ -304,15 +314,17 @@ def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: 
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
     scales = torch.empty(x.shape[2], 0 if f.scale is None else plan.segments, **wide)
     (du_start, du_strides), (x_start, x_strides) = view_of(du, flipped), view_of(x, flipped)
-    kernels.modal_sums[grid](
-        du_start, x_start, states, adjoints, m.taps, m.out, x if f.scale is None else f.scale.contiguous(),
-        x if plan.places is None else plan.places, *shares, scales, *_common(x, plan), *du_strides, *x_strides,
+    launch_sums(
+        grid,
+        (du_start, x_start, states, adjoints, m.taps, m.out, x if f.scale is None else f.scale.contiguous(),
+         x if plan.places is None else plan.places, *shares, scales),
+        (*_common(x, plan), *du_strides, *x_strides),
         SCALE=f.scale is not None, **_options(blocks, x, plan),
     )  # fmt: skip
     groups, modes = f.log_time.shape
-    kernels.modal_gradient[(groups,)](
-        *shares, *(t.contiguous() for t in f[:3]), *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C,
-        SP=plan.SP, STRICT=flipped,
+    launch_gradient(
+        (groups,), (*shares, *(t.contiguous() for t in f[:3]), *poles),
+        (modes, plan.Q, grid[0] // plan.Q, plan.blocks), C=C, SP=plan.SP, STRICT=flipped,
     )  # fmt: skip
     return scales
 
@@ -328,10 +340,13 @@ def _short_sums(
     du = torch.empty_like(u) if silu else dy
     d_blocks = ceil_div(channels, SHORT_CHANNELS)
     shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
-    kernels.short_sums[(plan.segments * SHORT_PARTS * d_blocks,)](
-        dy, before, x, du, x if plan.places is None else plan.places, shares, x.shape[1], channels, plan.segments,
-        plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(), *x.stride(), C=64, K=K, AHEAD=ahead,
-        PARTS=SHORT_PARTS, SILU=silu, PACKED=plan.places is not None, BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
+    launch_short_sums(
+        (plan.segments * SHORT_PARTS * d_blocks,),
+        (dy, before, x, du, x if plan.places is None else plan.places, shares),
+        (x.shape[1], channels, plan.segments, plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(),
+         *x.stride()),
+        C=64, K=K, AHEAD=ahead, PARTS=SHORT_PARTS, SILU=silu, PACKED=plan.places is not None,
+        BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
     )  # fmt: skip
     found = shares.sum(0)
     dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)

@@ -163,15 +163,16 @@ def modal_conv_reference(
     """`modal_conv`'s definition: u = bias + short * x + scale (modal * x), and SiLU(u) or u."""
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
     with without_autocast(x):
-        wide, modes = x.to(inner), [t.to(inner) for t in (log_time, frequency, residue)]
+        wide = x.to(inner)
+        time, turn, c = (t.to(inner) for t in (log_time, frequency, residue))
         if causal:
-            u, _ = modal_scan(wide, *modes)
+            u, _ = modal_scan(wide, time, turn, c)
         else:
-            ahead, behind = zip(*(t.chunk(2) for t in modes), strict=True)
-            u, _ = modal_scan(wide, *ahead)
-            back, _ = modal_scan(wide.flip(1), *behind)
-            at_lag_0 = modal_taps(*behind, 1)[:, 0].repeat_interleave(2 * x.shape[2] // log_time.shape[0])
-            u = u + back.flip(1) - at_lag_0 * wide
+            (time, time_behind), (turn, turn_behind), (c, c_behind) = (t.chunk(2) for t in (time, turn, c))
+            u, _ = modal_scan(wide, time, turn, c)
+            back, _ = modal_scan(wide.flip(1), time_behind, turn_behind, c_behind)
+            at_lag_0 = modal_taps(time_behind, turn_behind, c_behind, 1)[:, 0]
+            u = u + back.flip(1) - at_lag_0.repeat_interleave(x.shape[2] // len(time)) * wide
         if scale is not None:
             u = u * scale.to(inner)
         for k in range(0 if short is None else short.shape[1]):
