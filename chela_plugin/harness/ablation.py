@@ -26,7 +26,7 @@ from chela_plugin.harness.results import Record, ResultsError, ResultsFolder
 from chela_plugin.harness.tasks import cache, prepare
 from chela_plugin.harness.trackers import check_trackers
 from chela_plugin.harness.training import Interrupted
-from chela_plugin.harness.workers import default_workers, run_here, run_in_processes, stop_on_signals
+from chela_plugin.harness.workers import Reading, default_workers, read, run_here, run_in_processes, stop_on_signals
 
 
 def run_ablations(
@@ -90,20 +90,23 @@ def run_ablations(
                 run_here(pending, runner, events, stop)
         except Interrupted:
             return stop.exit_code
-        unread = []
-        for done, run in enumerate(_to_test(ablations, results.records)):
-            if stop.signal is not None or (done and stop.asked):  # a short time is enough for one
-                return stop.exit_code
+        readings = [Reading(run) for run in _to_test(ablations, results.records)]
+        tests = _Tests(results)
+        workers = min(workers, len(readings))
+        if workers > 1 and ray is None:
             try:
-                results.append(runner(run["ablation"]).read_test(run))
-            except ResultsError:
-                raise
-            except Exception as error:  # of the mixer's, as in a run: the others are read all the same
-                unread.append(f"{run['task']}, {run['mixer']}, seed {run['seed']}: {type(error).__name__}: {error}")
-    if unread:
+                run_in_processes(readings, ablations, results.path, workers, tests, stop, trackers)
+            except Interrupted:
+                return stop.exit_code
+        else:
+            for done, reading in enumerate(readings):
+                if stop.signal is not None or (done and stop.asked):  # a short time is enough for one
+                    return stop.exit_code
+                tests.done(reading, read(runner(reading.ablation), reading))
+    if tests.unread:
         raise ResultsError(
             "these runs are finished, and their models failed on the test split; mend it and start again:\n  "
-            + "\n  ".join(unread)
+            + "\n  ".join(tests.unread)
         )
     return None
 
@@ -141,6 +144,24 @@ class _Events:
         else:
             outcome = f"{record['status']}: {record['reason']}"
         self.display.finish(str(cell), outcome)
+
+
+class _Tests:
+    """Keeps what the test split's readings find."""
+
+    def __init__(self, results: ResultsFolder):
+        self.results = results
+        self.unread: list[str] = []
+
+    def start(self, cell: Reading) -> None: ...
+
+    def step(self, cell: Reading, step: int, loss: float) -> None: ...
+
+    def done(self, cell: Reading, record: Record) -> None:
+        if record["record"] == "test":
+            self.results.append(record)
+        else:
+            self.unread.append(f"{cell}: {record['reason']}")
 
 
 def _tell_of_other_code(records: Sequence[Record], display: PlainProgress) -> None:

@@ -79,13 +79,13 @@ def stop_on_signals(deadline: float = math.inf) -> Iterator[Stop]:
 class Events(Protocol):
     """What the main process hears of its cells."""
 
-    def start(self, cell: Cell) -> None:
+    def start(self, cell: Any) -> None:
         """A cell begins, or goes on."""
 
-    def step(self, cell: Cell, step: int, loss: float) -> None:
+    def step(self, cell: Any, step: int, loss: float) -> None:
         """`step` steps of a cell are done."""
 
-    def done(self, cell: Cell, record: Record) -> None:
+    def done(self, cell: Any, record: Record) -> None:
         """A cell has ended; the record is to be kept."""
 
 
@@ -125,16 +125,31 @@ def run_here(pending: Sequence[Cell], runner: Callable[[str], CellRunner], event
             raise Interrupted
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The test split's one reading for a finished run; done as cells are."""
+
+    run: Record
+
+    @property
+    def ablation(self) -> str:
+        """Whose data and backbone it needs."""
+        return self.run["ablation"]
+
+    def __str__(self) -> str:
+        return f"{self.run['task']}, {self.run['mixer']}, seed {self.run['seed']}"
+
+
 @dataclass
 class _Worker:
     process: Any
     pipe: Connection
     slot: int
-    cell: Cell | None = None
+    cell: Cell | Reading | None = None
 
 
 def run_in_processes(
-    pending: Sequence[Cell],
+    pending: Sequence[Cell | Reading],
     ablations: dict[str, Ablation],
     folder: Path,
     workers: int,
@@ -142,7 +157,7 @@ def run_in_processes(
     stop: Stop,
     trackers: Sequence[str] = (),
 ) -> None:
-    """The cells on `workers` processes. Raises Interrupted once every worker has saved, or a worker's fatal error."""
+    """Cells or readings on `workers` processes. Raises Interrupted once all have saved, or a worker's fatal error."""
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in a broken state
     queue = deque(pending)
     crew: list[_Worker] = []
@@ -229,7 +244,21 @@ def _lost(worker: _Worker, events: Events) -> None:
     died = f"exited with code {code}"
     if code < 0:
         died = f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
-    events.done(cell, origin(cell) | {"status": "failed", "reason": f"the process of this run {died}"})
+    reason = f"the process of this run {died}"
+    if isinstance(cell, Reading):
+        events.done(cell, {"record": "unread", "reason": reason})
+    else:
+        events.done(cell, origin(cell) | {"status": "failed", "reason": reason})
+
+
+def read(runner: CellRunner, reading: Reading) -> Record:
+    """The test's record, or one that says why there is none: a failure is of the mixer's, and the others go on."""
+    try:
+        return runner.read_test(reading.run)
+    except ResultsError:
+        raise
+    except Exception as error:
+        return {"record": "unread", "reason": f"{type(error).__name__}: {error}"}
 
 
 class Answers:
@@ -239,12 +268,13 @@ class Answers:
         self.ablations, self.folder, self.trackers = ablations, folder, trackers
         self.runners: dict[str, CellRunner] = {}
 
-    def run(self, cell: Cell, listener: Listener) -> tuple[str, Any]:
+    def run(self, cell: Cell | Reading, listener: Listener) -> tuple[str, Any]:
         """('done', its record), ('stopped', None), or ('fatal', an error that ends the whole ablation)."""
         try:
             if cell.ablation not in self.runners:
                 self.runners[cell.ablation] = CellRunner(self.ablations[cell.ablation], self.folder, self.trackers)
-            return "done", self.runners[cell.ablation].run(cell, listener)
+            runner = self.runners[cell.ablation]
+            return "done", read(runner, cell) if isinstance(cell, Reading) else runner.run(cell, listener)
         except Interrupted:
             return "stopped", None
         except (ResultsError, MissingPackage, ValueError) as error:
