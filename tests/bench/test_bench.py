@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from chela_plugin.bench import record as files
 from chela_plugin.bench import timing
 from chela_plugin.bench.cases import Case, Unavailable, Work
+from chela_plugin.bench.graphs import Captured
 from chela_plugin.bench.plot import draw, panels_of
 from chela_plugin.bench.runner import OutOfTime, at_most, run_suite
 from chela_plugin.cli import app
@@ -108,6 +109,18 @@ def test_what_can_not_run_is_a_row_with_its_reason_and_the_rest_goes_on():
     assert reasons["broken"] == "RuntimeError: the kernel"
     assert reasons["missing"] == "no package; pip install it"
     assert "not ready within 0.5 s" in reasons["slow"]
+
+
+def test_what_can_not_be_captured_in_a_graph_is_still_timed_without_one(monkeypatch):
+    def reads_from_the_device():
+        raise RuntimeError("not permitted when stream is capturing")
+
+    monkeypatch.setattr(Captured, "_capture", lambda self: self.run())
+    runs = {"forward": lambda: torch.ones(4).sum(), "forward_graph": Captured(reads_from_the_device)}
+    record = run([Case({"T": 1}, ("forward", "forward_graph"), {"peer": lambda: Work(dict(runs), "peer")})])
+    assert [row["what"] for row in record["results"]] == ["forward"]
+    assert [row["what"] for row in record["skipped"]] == ["forward_graph"]
+    assert "not permitted" in record["skipped"][0]["reason"]
 
 
 def test_a_run_that_is_cut_off_keeps_the_cases_before(tmp_path):
