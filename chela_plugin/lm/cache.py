@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chela_plugin.lm.config import ChelaConfig
+
+# What outputs and `generate` call a cache: `cache` since transformers 5.24, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in (field.name for field in fields(CausalLMOutputWithPast)) else "past_key_values"
+
+
+def output(cache: ChelaCache | None, **others: Any) -> CausalLMOutputWithPast:
+    """transformers' output, the cache under the name of the version."""
+    return CausalLMOutputWithPast(**others, **{CACHE_NAME: cache})
 
 
 class ChelaCache(Cache):

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from chela_plugin.lm.cache import ChelaCache
+from chela_plugin.lm.cache import CACHE_NAME, ChelaCache, output
 
 
 class CapturedDecoding:
@@ -96,8 +96,6 @@ class CapturedCall:
         self.steps: CapturedDecoding | None = None
 
     def __call__(self, input_ids: Tensor, return_dict: bool = True, **inputs: Any) -> Any:
-        from chela_plugin.lm.model import CACHE_NAME, output
-
         cache = inputs[CACHE_NAME]
         if input_ids.shape[1] != 1 or not cache.is_initialized or inputs.get("output_hidden_states"):
             return cast(Any, self.model)(input_ids, return_dict=return_dict, **inputs)

@@ -2,11 +2,13 @@
 
 Importing this file makes `token_mixer` a checked attribute of every config that fla exports, and has the blocks of the
 families in `FAMILIES` build the mixer that the pattern names instead of their own. Nothing else of fla changes, and
-nothing at all where `token_mixer` is not set.
+nothing at all where `token_mixer` is not set; but for one name that fla's `generate` needs under newer transformers
+(`translate_cache`).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from types import FunctionType
 from typing import Any
 
 from fla import models
+from fla.models.utils import FLAGenerationMixin
 from torch import nn
 
 import chela_plugin.lm.fla_cpu  # noqa: F401  # for its registrations
+from chela_plugin.lm.cache import CACHE_NAME
 from chela_plugin.lm.distributions import distributions, parse_saved
 from chela_plugin.lm.fla_mixer import FlaMixer
 from chela_plugin.registry import MixerSpec, parse_pattern
@@ -191,6 +195,28 @@ def swappable(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
                     yield owner, block, family.slot
 
 
+def translate_cache() -> None:
+    """Let fla's models generate under transformers 5.24 and later, which hands them their cache as `cache`.
+
+    fla 0.6 reads `past_key_values` and passes over the other name, so that each step would forget what went before.
+    """
+    own = FLAGenerationMixin.prepare_inputs_for_generation
+    if CACHE_NAME != "cache" or "cache" in inspect.signature(own).parameters:
+        return
+
+    @wraps(own)
+    def prepare(self: Any, *args: Any, cache: Any = None, **kwargs: Any) -> dict[str, Any]:
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        inputs = own(self, *args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    FLAGenerationMixin.prepare_inputs_for_generation = prepare
+
+
+translate_cache()
 for name in models.__all__:
     if name.endswith("Config"):
         unknown = "" if name in FAMILIES else "this version of chela-plugin doesn't know the family"

@@ -6,7 +6,6 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -16,15 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from chela_plugin.lm.cache import ChelaCache
+from chela_plugin.lm.cache import CACHE_NAME, ChelaCache, output
 from chela_plugin.lm.config import ChelaConfig
 from chela_plugin.lm.decoding import CapturedCall
 from chela_plugin.lm.fused_block import GatedMLP, kernels_for
 from chela_plugin.lm.hosting import fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import create_mixer
-
-# What outputs and `generate` call a cache: `cache` since transformers 5.24, `past_key_values` before.
-CACHE_NAME = "cache" if "cache" in (field.name for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 
 
 def only_one(past_key_values: ChelaCache | None, cache: ChelaCache | None) -> ChelaCache | None:
@@ -245,11 +241,6 @@ def new_state(mixer: Any, batch: int, x: Tensor, max_tokens: int | None) -> dict
     grows = max_tokens and "max_tokens" in inspect.signature(mixer.init_cache).parameters
     room = {"max_tokens": max_tokens} if grows else {}
     return mixer.init_cache(batch, device=x.device, dtype=x.dtype, **room)
-
-
-def output(cache: ChelaCache | None, **fields: Any) -> CausalLMOutputWithPast:
-    """transformers' output, the cache under the name of the version."""
-    return CausalLMOutputWithPast(**fields, **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
 
 class ChelaForCausalLM(ChelaPreTrainedModel, GenerationMixin):
