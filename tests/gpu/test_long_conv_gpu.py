@@ -40,6 +40,25 @@ def error(found, wanted):
     return float((found.detach().double() - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.parametrize("how", ["toeplitz", "fft"])
+@pytest.mark.parametrize("time_first", [False, True])
+def test_silu_rides_along_with_all_gradients(how, time_first, monkeypatch):
+    from chela_plugin.kernels.long_conv import launch
+
+    monkeypatch.setattr(launch, "algorithm", lambda *_, **__: how)
+    monkeypatch.setattr(launch, "CHUNK_BYTES", 1 << 18)  # several slabs of channels
+    x, h, dy = case(4, 2000, 48, 2000, True, torch.bfloat16)
+    if time_first:
+        x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    leaves = [t.requires_grad_() for t in (x, h, torch.randn(48, device="cuda"))]
+    y = long_conv(*leaves, silu=True)
+    found = (y.detach(), *torch.autograd.grad(y, leaves, dy))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y = long_conv(*wide, silu=True)  # fp64 runs by the definition
+    for got, wanted in zip(found, (y.detach(), *torch.autograd.grad(y, wide, dy.double())), strict=True):
+        assert error(got, wanted) < 2 * TOLERANCE[torch.bfloat16]  # u and its gradient are rounded once more
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("how", ["toeplitz", "fft"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -52,6 +52,14 @@ def test_kernels_equal_fp64_with_all_gradients(batch, tokens, channels, group, d
         assert error(found, wanted) < TOLERANCE[dtype]
 
 
+def test_two_sided_kernels_equal_fp64_with_all_gradients():
+    leaves, dy = case(2, 3001, 48, 12, torch.bfloat16)  # 4 rows of modes: two groups of 24 channels
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    found = run(leaves, dy, causal=False)
+    for got, wanted in zip(found, run(wide, dy.double(), causal=False), strict=True):  # fp64 runs by the definition
+        assert error(got, wanted) < TOLERANCE[torch.bfloat16]
+
+
 def test_packed_sequences_are_convolved_alone():
     cuts = [0, 1, 1, 1000, 1064, 4096, 5000]
     leaves, dy = case(1, 5000, 64, 16, torch.bfloat16)
