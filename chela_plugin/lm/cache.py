@@ -19,7 +19,8 @@ CACHE_NAME = "cache" if "cache" in (field.name for field in fields(CausalLMOutpu
 
 def output(cache: ChelaCache | None, **others: Any) -> CausalLMOutputWithPast:
     """transformers' output, the cache under the name of the version."""
-    return CausalLMOutputWithPast(**others, **{CACHE_NAME: cache})
+    others[CACHE_NAME] = cache
+    return CausalLMOutputWithPast(**others)
 
 
 class ChelaCache(Cache):
