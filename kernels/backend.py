@@ -61,7 +61,6 @@ def traced(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0  # a FLOP counter, selective checkpointing
-        or torch._C._are_functorch_transforms_active()  # torch.func takes operators, not every autograd.Function
     )
 
 
