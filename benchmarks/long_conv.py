@@ -4,11 +4,11 @@
 
 Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
 time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
-CUDA-event times of whole calls through autograd. `modal_conv` does the work of a CHELA layer's causal convolution: 7
-short taps, 8 modes for 16 channels, scale, bias and SiLU in one call, matrices included; beside it the same filter
-alone, and what does the same by the exact path: taps generated, folded, convolved, SiLU. The floor is the fewest bytes
-(inputs read once, outputs written once; the backward pass reads x, dy and taps and writes all gradients) over the
-bandwidth in chela_plugin/bench/timing.py.
+CUDA-event times of whole calls through autograd. `modal_conv` does the work of a CHELA layer's causal convolution: 7 short
+taps, 8 modes for 16 channels, scale, bias and SiLU in one call, matrices included; beside it the same filter alone, the
+same two-sided, and what does the same by the exact path: modal taps, or the multiscale generator's, folded with the
+short ones, convolved, SiLU. The floor is the fewest bytes (inputs read once, outputs written once; the backward pass
+reads x, dy and taps and writes all gradients) over the bandwidth in chela_plugin/bench/timing.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
+from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.long_conv import configs, long_conv, modal_conv
 from chela_plugin.kernels.long_conv.reference import modal_conv_reference, modal_taps
 
@@ -152,9 +153,21 @@ def modal(x: Tensor, *leaves: Tensor, alone: bool) -> Tensor:
 
 def modal_by_exact_path(x: Tensor, *leaves: Tensor) -> Tensor:
     time, frequency, residue, short, scale, bias = leaves
-    taps = modal_taps(time, frequency, residue, x.shape[1]).repeat_interleave(16, 0) * scale[:, None]
-    taps = taps + torch.nn.functional.pad(short, (0, x.shape[1] - short.shape[1]))
-    return torch.nn.functional.silu(long_conv(x, taps, bias))
+    long = modal_taps(time, frequency, residue, x.shape[1])
+    return long_conv(x, folded_taps(long, length=x.shape[1], scales=scale[None], kernels=[short]), bias, silu=True)
+
+
+def multiscale(
+    x: Tensor, sub_kernels: Tensor, ratio_logit: Tensor, short: Tensor, scale: Tensor, bias: Tensor
+) -> Tensor:
+    taps = folded_taps(sub_kernels, ratio_logit, length=x.shape[1], scales=scale[None], kernels=[short])
+    return long_conv(x, taps, bias, silu=True)
+
+
+def two_sided(x: Tensor, *leaves: Tensor) -> Tensor:
+    """With the filters of two neighbouring groups as those of one group's two sides."""
+    time, frequency, residue, short, scale, bias = leaves
+    return modal_conv(x, time, frequency, residue, short=short, scale=scale, bias=bias, silu=True, causal=False)
 
 
 def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[str, object]]:
@@ -167,17 +180,25 @@ def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[d
     entries: dict[str, Callable[..., Tensor]] = {
         "modal_conv, short, long, SiLU": partial(modal, alone=False),
         "modal_conv, long alone": partial(modal, alone=True),
+        "modal_conv two-sided, short, long, SiLU": two_sided,
         "exact path, short, long, SiLU": modal_by_exact_path,
+        "multiscale, exact path, short, long, SiLU": multiscale,
     }
-    if tokens > 8192:
+    if tokens > 8192:  # modal taps in torch take GiB there
         del entries["exact path, short, long, SiLU"]
+    generator = [
+        torch.randn(channels // 16, 8, 16, device="cuda") / 4,
+        torch.full((channels // 16,), 2.0, device="cuda"),
+    ]
+    learned = {multiscale: [x, *(t.requires_grad_() for t in generator), *leaves[4:]]}
 
     def forward(f: Callable[..., Tensor]) -> Tensor:
         with torch.no_grad():
-            return f(*leaves)
+            return f(*learned.get(f, leaves))
 
     def both(f: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(f(*leaves), leaves, dy, allow_unused=True)
+        given = learned.get(f, leaves)
+        return torch.autograd.grad(f(*given), given, dy, allow_unused=True)
 
     f_times = event_times({name: partial(forward, f) for name, f in entries.items()}, rounds)
     b_times = event_times({name: partial(both, f) for name, f in entries.items()}, rounds)
@@ -192,7 +213,7 @@ def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[d
             "floor_ms": [round(n * activations / BANDWIDTH * 1e3, 4) for n in (2, 5)],
             "peak_mib": [peak_over_inputs(partial(forward, f)), peak_over_inputs(partial(both, f))],
             "input_mib": round(activations / 2**20, 1),
-        } | ({"error": {"y": float(f"{error_y:.2e}")}} if name.endswith("SiLU") and name.startswith("modal") else {})
+        } | ({"error": {"y": float(f"{error_y:.2e}")}} if name == "modal_conv, short, long, SiLU" else {})
         for name, f in entries.items()
     ]  # fmt: skip
 
