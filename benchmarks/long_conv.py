@@ -4,11 +4,13 @@
 
 Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
 time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
-CUDA-event times of whole calls through autograd. `modal_conv` does the work of a CHELA layer's causal convolution: 7 short
-taps, 8 modes for 16 channels, scale, bias and SiLU in one call, matrices included; beside it the same filter alone, the
-same two-sided, and what does the same by the exact path: modal taps, or the multiscale generator's, folded with the
-short ones, convolved, SiLU. The floor is the fewest bytes (inputs read once, outputs written once; the backward pass
-reads x, dy and taps and writes all gradients) over the bandwidth in chela_plugin/bench/timing.py.
+CUDA-event times of whole calls through autograd.
+
+`modal_conv` does the work of a CHELA layer's causal convolution: 7 short taps, 8 modes for 16 channels, scale, bias and
+SiLU in one call, matrices included; beside it the same filter alone, the same two-sided, and what does the same by the
+exact path: modal taps, or the multiscale generator's, folded with the short ones, convolved, SiLU. The floor is the
+fewest bytes (inputs read once, outputs written once; the backward pass reads x, dy and taps and writes all gradients)
+over the bandwidth in chela_plugin/bench/timing.py.
 """
 
 from __future__ import annotations
