@@ -1,0 +1,87 @@
+"""Launches that remember the compiled kernel, with a kernel and tensors that only record what they are asked."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chela_plugin.kernels.launching import Launcher
+
+
+class Recorder:
+    """A kernel `(x, y, T, scale, DECAY, BLOCK)`: what went to Triton, and what to a compiled form."""
+
+    arg_names = ("x", "y", "T", "scale", "DECAY", "BLOCK")
+
+    def __init__(self):
+        self.by_triton, self.by_form = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.by_triton.append((grid, arguments, constants))
+            return Form(self, len(self.by_triton))
+
+        return launch
+
+
+class Form:
+    def __init__(self, kernel, number):
+        self.kernel, self.number = kernel, number
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.by_form.append((self.number, grid, arguments))
+
+
+def tensor(address=512, dtype=torch.bfloat16, device=0, cuda=True):
+    return SimpleNamespace(
+        data_ptr=lambda: address, dtype=dtype, is_cuda=cuda, device=SimpleNamespace(index=device), address=address
+    )
+
+
+@pytest.fixture
+def kernel():
+    return Recorder()
+
+
+def launch(launcher, x=None, y=None, T=64, scale=0.5, BLOCK=16):
+    x, y = x or tensor(), y or tensor(1024)
+    launcher((7,), (x, y), (T, scale), BLOCK=BLOCK, DECAY=0, num_warps=4)
+
+
+def test_a_launch_like_an_earlier_one_goes_to_its_compiled_form(kernel):
+    launcher = Launcher(kernel)
+    launch(launcher)
+    launch(launcher, tensor(2048), tensor(4096))
+    assert len(kernel.by_triton) == 1
+    # Addresses, numbers, and the constants in the order of the kernel's parameters, without Triton's own options.
+    assert kernel.by_form == [(1, (7, 1, 1), (2048, 4096, 64, 0.5, 0, 16))]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"T": 65}, {"scale": 0.25}, {"BLOCK": 32}, {"x": tensor(dtype=torch.float16)}, {"x": tensor(device=1)}],
+)
+def test_what_a_form_depends_on_finds_another_form(kernel, other):
+    launcher = Launcher(kernel)
+    launch(launcher)
+    launch(launcher, **other)
+    assert len(kernel.by_triton) == 2 and not kernel.by_form
+    launch(launcher, **other)
+    launch(launcher)
+    assert [number for number, _, _ in kernel.by_form] == [2, 1]
+
+
+def test_unaligned_pointers_and_interpreted_kernels_are_left_to_triton(kernel):
+    launcher = Launcher(kernel)
+    for _ in range(2):
+        launch(launcher, y=tensor(1028))
+        launch(launcher, x=tensor(cuda=False))
+    assert len(kernel.by_triton) == 4 and not kernel.by_form and not launcher.compiled
+
+
+def test_the_table_stays_small(kernel):
+    launcher = Launcher(kernel)
+    launcher.LARGEST_TABLE = 8
+    for T in range(1, 30):
+        launch(launcher, T=T)
+    assert len(launcher.compiled) <= 8
