@@ -23,17 +23,17 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[tuple, tuple[Any, list]] = {}
+        self.compiled: dict[tuple, tuple[Any, tuple]] = {}  # the form at its grid, and what follows the addresses
 
     def __call__(self, grid: tuple[int, ...], pointers: Sequence[Tensor], numbers: tuple, **constants: Any) -> None:
         first = pointers[0]
         addresses = [x.data_ptr() for x in pointers]
         if first.is_cuda and not any(address & 15 for address in addresses):
-            key = (first.device.index, numbers, *constants.values(), *[x.dtype for x in pointers])
+            key = (first.device.index, grid, numbers, *constants.values(), *[x.dtype for x in pointers])
             found = self.compiled.get(key)
             if found is not None:
-                compiled, values = found
-                compiled[(*grid, 1, 1)[:3]](*addresses, *numbers, *values)  # a compiled kernel wants all three
+                run, rest = found
+                run(*addresses, *rest)
                 return
         else:
             key = None
@@ -42,4 +42,5 @@ class Launcher:
             if len(self.compiled) >= self.LARGEST_TABLE:
                 self.compiled.clear()
             names = self.kernel.arg_names[len(pointers) + len(numbers) :]
-            self.compiled[key] = compiled, [constants[name] for name in names]
+            whole_grid = (*grid, 1, 1)[:3]  # a compiled kernel wants all three
+            self.compiled[key] = compiled[whole_grid], (*numbers, *[constants[name] for name in names])
