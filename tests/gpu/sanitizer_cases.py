@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 
 from chela_plugin import kernels
+from chela_plugin.kernels.add_norm import add_norm
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
@@ -171,6 +172,10 @@ def norms(dtype: torch.dtype) -> None:
         weight, gate = random(heads, width, dtype=torch.float32), random(2, 67, heads * width, dtype=dtype)
         both_ways(gated_norm(o, weight, gate, v=v, skip=random(heads, dtype=torch.float32)))
         both_ways(gated_norm(o, weight, gate))
+        x, branch = random(3, 5, 72, dtype=torch.float32), random(3, 5, 72, dtype=dtype)
+        scale, shift = random(72, dtype=torch.float32), random(72, dtype=torch.float32)
+        both_ways(*add_norm(x, branch, scale, shift, dtype=dtype))
+        both_ways(*add_norm(branch, None, scale, shift))
 
 
 def never_launched() -> list[str]:
