@@ -36,11 +36,15 @@ class Captured:
                 self.run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool()):
+        with torch.cuda.graph(graph, pool=_first().pool()):
             self.run()
         return graph
 
 
 @functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+def _first() -> Any:
+    """A graph that stays, for a pool goes with the last graph that used it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    return graph

@@ -15,6 +15,7 @@ fake, a gradient) only this node needs.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class FusedAttention(torch.autograd.Function):
 
         batch, time, dim = x.shape
         heads, keys, values, causal = shape
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x):
             x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
             from_z = z_rows @ joined(x.dtype, q, k, g).T
             from_x = x_rows @ joined(x.dtype, v, dt, multiple=16).T
@@ -95,7 +96,7 @@ class FusedAttention(torch.autograd.Function):
         heads, keys, values, causal = ctx.shape
         batch, time, dim = x.shape
         x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x):
             dout = dout.to(x.dtype).reshape(-1, dout.shape[-1])
             dy = (dout @ proj.to(x.dtype)).view(batch, time, -1)
             y = torch.empty_like(dy)
@@ -128,6 +129,12 @@ class FusedAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def exactly(x: Tensor) -> AbstractContextManager:
+    """No autocast; entering its context costs the host as much as a launch, so not where there is none."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def joined(dtype: torch.dtype, *weights: Tensor | None, multiple: int = 1) -> Tensor:

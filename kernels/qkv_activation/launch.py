@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from chela_plugin.kernels.backend import ready_for
+from chela_plugin.kernels.backend import ceil_div, next_power_of_2, ready_for
 from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
@@ -25,13 +24,13 @@ def activate(
     log_decay = None
     if bias is not None:
         log_decay = torch.empty(rows, heads, dtype=torch.float32, device=from_z.device)
-    blocks = triton.cdiv(2 * wide, COLUMNS) + triton.cdiv(wide_values, COLUMNS) + (bias is not None)
+    blocks = ceil_div(2 * wide, COLUMNS) + ceil_div(wide_values, COLUMNS) + (bias is not None)
     with ready_for(from_z):
         activation(
-            (triton.cdiv(rows, ROWS), blocks),
+            (ceil_div(rows, ROWS), blocks),
             (from_z, from_x, from_x if bias is None else bias, qk, v, qk if log_decay is None else log_decay),
             (rows, from_z.stride(0), from_x.stride(0), 2 * wide), QK=2 * wide, VALUES=wide_values, H=heads,
-            DECAY=bias is not None, BR=ROWS, BC=COLUMNS, BH=triton.next_power_of_2(heads), num_warps=8,
+            DECAY=bias is not None, BR=ROWS, BC=COLUMNS, BH=next_power_of_2(heads), num_warps=8,
         )  # fmt: skip
     q, k = qk.view(rows, 2, heads, keys).unbind(1)
     return q, k, v, log_decay
@@ -62,10 +61,10 @@ def gradient(
     wide, wide_values = heads * dq.shape[-1], heads * dv.shape[-1]
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     do = dv if do is None else do.contiguous()
-    programs = triton.cdiv(rows, ROWS)
+    programs = ceil_div(rows, ROWS)
     dbias = torch.empty(programs if bias is not None else 0, heads, dtype=torch.float32, device=dq.device)
     pad = dfrom_x.shape[1] - wide_values
-    blocks = 2 * triton.cdiv(wide, COLUMNS) + triton.cdiv(wide_values, COLUMNS) + (bias is not None)
+    blocks = 2 * ceil_div(wide, COLUMNS) + ceil_div(wide_values, COLUMNS) + (bias is not None)
     with ready_for(from_z):
         activation_gradient(
             (programs, blocks),
@@ -73,6 +72,6 @@ def gradient(
              dq if bias is None else bias, dq if skip is None else skip, dfrom_z, dfrom_x, dbias),
             (rows, from_z.stride(0), from_x.stride(0), dfrom_z.stride(0), dfrom_x.stride(0)),
             KEYS=wide, VALUES=wide_values, V=dv.shape[-1], H=heads, PAD=pad, DECAY=bias is not None,
-            SKIP=skip is not None, BR=ROWS, BC=COLUMNS, BH=triton.next_power_of_2(max(heads, pad)), num_warps=8,
+            SKIP=skip is not None, BR=ROWS, BC=COLUMNS, BH=next_power_of_2(max(heads, pad)), num_warps=8,
         )  # fmt: skip
     return None if bias is None else dbias.sum(0)
