@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from timm.data.loader import PrefetchLoader
 
 from chela_plugin.harness import training
 from chela_plugin.harness.backbones import build
 from chela_plugin.harness.config import LanguageBackbone, Training, load_task
 from chela_plugin.harness.results import load_tensors
 from chela_plugin.harness.tasks import examples
+from chela_plugin.harness.train.images import held
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +61,19 @@ def run(recall):
             )
 
     return train
+
+
+def test_a_batch_stays_as_it_is_while_a_slow_step_waits_for_it():
+    data = [(torch.full((4, 1, 8, 8), i, dtype=torch.uint8), torch.full((4,), i)) for i in range(30)]
+    loader = PrefetchLoader(data, mean=(0.0,), std=(1.0,), channels=1)
+    seen = []
+    for batch in loader:
+        images, labels = held(*batch)
+        torch.cuda._sleep(20_000_000)  # about 10 ms on the device; the host goes on
+        seen.append(torch.stack((images[:, 0, 0, 0] * 255, labels.float())))
+        del images, labels
+    found = torch.stack(seen).round().cpu()
+    assert found[:, 0].eq(torch.arange(30.0)[:, None]).all() and found[:, 1].eq(torch.arange(30.0)[:, None]).all()
 
 
 def weights(folder):

@@ -27,6 +27,19 @@ from chela_plugin.harness.train.language import micro_batches
 from chela_plugin.harness.train.loop import seed_all
 
 
+def held(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A prefetched batch, whose memory is not given to a later one before this stream is done with it.
+
+    timm's loader copies on a stream of its own. Before 1.0.31 nothing made those copies wait for the steps still
+    queued, so where the GPU lagged behind the host (a slow mixer, a crowded card) steps were computed on the images and
+    labels of later batches: losses near chance, or labels that are no class.
+    """
+    for tensor in (images, labels):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return images, labels
+
+
 class ImageWork:
     """An image run's part of the loop (`loop.Work`).
 
@@ -165,7 +178,7 @@ class ImageWork:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(step // self.steps_per_epoch)
             self.batches = iter(self.loader)
-        images, labels = next(self.batches)
+        images, labels = held(*next(self.batches))
         if micro == self.micro_batches - 1 and (step + 1) % self.steps_per_epoch == 0:
             self.batches = None
         return (images, labels) if self.mixup is None else self.mixup(images, labels)
@@ -194,7 +207,8 @@ class ImageWork:
         rank, world = self.fabric.global_rank, self.fabric.world_size
         left = len(range(rank, len(self.validation_data), world))
         total = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
-        for images, labels in loader:
+        for batch in loader:
+            images, labels = held(*batch)
             with self.fabric.autocast():
                 logits = model(images)
             logits, labels = logits[:left].float(), labels[:left]
