@@ -39,7 +39,7 @@ class ChelaCache(Cache):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len is at least 1, got {max_cache_len}")
         super().__init__(layers=[])
-        self.max_cache_len = max_cache_len
+        self.room = max_cache_len
         self.layers: list[dict[str, Tensor]] = []  # type: ignore[assignment]  # transformers' layers hold keys and values
         self.made_for = _signature(config)
         self.seen = 0
@@ -53,11 +53,16 @@ class ChelaCache(Cache):
         if self.layers and self.batch_size not in (-1, batch):
             raise ValueError(f"this cache holds {self.batch_size} rows, the input has {batch}")
 
+    @property
+    def max_cache_len(self) -> int | None:  # a read-only property of transformers' own caches too
+        """Tokens that there is room for; None: as many as come."""
+        return self.room
+
     def check_room(self, tokens: int) -> None:
         """Raise ValueError unless so many more tokens fit."""
-        if self.max_cache_len is not None and self.seen + tokens > self.max_cache_len:
+        if self.room is not None and self.seen + tokens > self.room:
             raise ValueError(
-                f"this cache has room for {self.max_cache_len} tokens and holds {self.seen}; {tokens} more need a "
+                f"this cache has room for {self.room} tokens and holds {self.seen}; {tokens} more need a "
                 "larger max_cache_len"
             )
 
@@ -72,7 +77,7 @@ class ChelaCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that there is room for; -1: no limit."""
-        return -1 if self.max_cache_len is None else self.max_cache_len
+        return -1 if self.room is None else self.room
 
     @property
     def is_initialized(self) -> bool:

@@ -71,7 +71,7 @@ def folded_taps(
         )
     if scales is not None and scales.shape[0] not in (len(kernels), len(kernels) + 1, 1):
         raise ValueError(f"scales has a row for each branch, or one for the long filter; got {list(scales.shape)}")
-    reach = max((kernel.shape[1] if causal else (kernel.shape[1] + 1) // 2 for kernel in kernels), default=1)
+    reach = max([1, *(kernel.shape[1] if causal else (kernel.shape[1] + 1) // 2 for kernel in kernels)])
     if length < reach:
         raise ValueError(f"length is at least the short kernels' {reach}, got {length}")
     if backend(given[0].device, given[0].dtype) == "reference":

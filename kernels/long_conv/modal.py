@@ -115,7 +115,7 @@ def short_modal_conv(
         from . import ops_modal as ops
 
         return ops.Branches.apply(x, log_time, frequency, residue, scales, bias, silu, causal, *kernels)
-    widest = max((kernel.shape[1] for kernel in kernels), default=1)
+    widest = max([1, *(kernel.shape[1] for kernel in kernels)])
     length = widest if causal else (widest + 1) // 2
     short = folded_taps(None, length=length, scales=scales, kernels=kernels, causal=causal) if kernels else None
     modes = log_time, frequency, residue
