@@ -16,7 +16,17 @@ from chela_plugin.kernels.launching import Launcher
 
 from . import triton as causal
 from . import triton_bidirectional as both
-from .configs import Blocks, bidirectional_segment_size, blocks_for, fits_one_program, segment_size
+from .configs import (
+    NONE,
+    PER_TOKEN,
+    STATIC,
+    Blocks,
+    bidirectional_segment_size,
+    blocks_for,
+    fits_one_program,
+    segment_size,
+    target_programs,
+)
 
 segment_table, cumulative_decay = Launcher(causal.segment_table), Launcher(causal.cumulative_decay)
 forward_walk, backward_walk = Launcher(causal.forward), Launcher(causal.backward)
@@ -25,7 +35,6 @@ decay_gradient, step_kernel = Launcher(causal.decay_gradient), Launcher(causal.s
 both_forward, both_backward = Launcher(both.forward), Launcher(both.backward)
 read_forward, read_backward = Launcher(both.read_forward), Launcher(both.read_backward)
 
-DECAY_NONE, DECAY_STATIC, DECAY_PER_TOKEN = 0, 1, 2
 SCAN_BLOCK = 1024
 DECAY_TILE = 1024
 STEP_COLUMNS = 32
@@ -84,7 +93,7 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, size: int) -> Cut:
     return Cut(rows, segments, size, 1, table, owner, first)
 
 
-def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: bool) -> int:
+def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: int) -> int:
     """Segment size of the causal kernels, one for both passes: backward starts from the states of forward."""
     batch, time, heads = q.shape[:3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -95,12 +104,13 @@ def causal_segment_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, decay: 
 
 @functools.lru_cache(4096)
 def _forward_blocks(
-    rows: int, time: int, heads: int, K: int, V: int, element_size: int, decay: bool
+    rows: int, time: int, heads: int, K: int, V: int, element_size: int, decay: int
 ) -> tuple[Blocks, int, int]:
     """Blocks of the forward pass, its columns a program, and the segment size. Cached: a third of a small call."""
     blocks = blocks_for("forward", K, V, element_size, decay, rows * heads)
     columns = min(blocks.columns, width_block(V))
-    return blocks, columns, segment_size(rows, heads, time, _blocks(V, columns))
+    target = target_programs(max(K, V), decay)
+    return blocks, columns, segment_size(rows, heads, time, _blocks(V, columns), target)
 
 
 def tiled(x: Tensor) -> Tensor:
@@ -129,11 +139,15 @@ class Decay(NamedTuple):
     stride: int
 
 
+def kind_of(log_decay: Tensor | None) -> int:
+    return NONE if log_decay is None else STATIC if log_decay.dim() == 1 else PER_TOKEN
+
+
 def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Decay:
     if log_decay is None:
-        return Decay(DECAY_NONE, q, q, 0)
+        return Decay(NONE, q, q, 0)
     if log_decay.dim() == 1:
-        return Decay(DECAY_STATIC, log_decay.contiguous(), q, 0)
+        return Decay(STATIC, log_decay.contiguous(), q, 0)
     batch, time, heads = log_decay.shape
     stride = (_blocks(batch * time, chunk) + plan.segments) * chunk
     g = torch.empty(heads, stride, dtype=torch.float32, device=q.device)
@@ -142,7 +156,7 @@ def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Deca
         (time, heads, plan.size, plan.per_row, *log_decay.stride(), stride),
         VARLEN=plan.cuts is not None, TABLE=plan.table, BT=chunk, BH=min(16, width_block(heads)), num_warps=4,
     )  # fmt: skip
-    return Decay(DECAY_PER_TOKEN, log_decay, g, stride)
+    return Decay(PER_TOKEN, log_decay, g, stride)
 
 
 def causal_forward(
@@ -161,7 +175,7 @@ def causal_forward(
     batch, time, heads, K = q.shape
     V = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks, columns, size = _forward_blocks(rows, time, heads, K, V, q.element_size(), log_decay is not None)
+    blocks, columns, size = _forward_blocks(rows, time, heads, K, V, q.element_size(), kind_of(log_decay))
     plan = cut(q, cu_seqlens, size)
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -179,7 +193,7 @@ def causal_forward(
         (decay.stride, scale, time, heads, plan.size, plan.per_row, *_strides(q, k, v)),
         K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=decay.kind, CARRY=carry is not None,
         END=ends is not None, VARLEN=plan.cuts is not None, TABLE=plan.table, PRECISION=precision(q.dtype),
-        STAGES=blocks.stages, num_warps=blocks.warps,
+        STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
     )  # fmt: skip
     return o, final, saved
 
@@ -202,8 +216,8 @@ def causal_backward(
     batch, time, heads, K = q.shape
     V = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, log_decay is not None))
-    blocks = blocks_for("backward", K, V, q.element_size(), log_decay is not None, plan.segments * heads)
+    plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, kind_of(log_decay)))
+    blocks = blocks_for("backward", K, V, q.element_size(), kind_of(log_decay), plan.segments * heads)
     XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -236,7 +250,7 @@ def causal_backward(
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
         BEFORE=before is not None, AFTER=after is not None, END=initial_state is not None and not plan.two_levels,
         AFTER_SCALED=not plan.two_levels, VARLEN=plan.cuts is not None, TABLE=plan.table,
-        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
+        PRECISION=precision(q.dtype), STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
     )  # fmt: skip
     if log_decay is None:
         return dq, dk, dv, None, dinitial
@@ -276,7 +290,7 @@ def _segment_starts(
     """
     time, heads, W = a.shape[1:]
     X = b.shape[3]
-    blocks = blocks_for("gather", W, X, a.element_size(), decay.kind != DECAY_NONE)
+    blocks = blocks_for("gather", W, X, a.element_size(), decay.kind)
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
     totals = torch.empty(plan.segments, heads, dtype=torch.float32, device=a.device)
@@ -296,7 +310,7 @@ def _segment_starts(
         (states, totals, _or(initial, states), _or(final, states), _or(plan.first, states), _or(before, states),
          _or(last, states), _or(inner, states)),
         (initial_scale, final_scale, 1.0 / initial_scale, heads, plan.per_row, plan.segments),
-        SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != DECAY_NONE, REVERSE=reverse,
+        SIZE=W * X, BLOCK=SCAN_BLOCK, DECAY=decay.kind != NONE, REVERSE=reverse,
         INITIAL=initial is not None, FINAL=final is not None, INNER=before is not None, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
     return states, inner
@@ -331,7 +345,7 @@ def bidirectional_forward(
         return o, state
     assert state is not None
     _sum_segments(k, v, plan, blocks.chunk, mask, initial_state, 1.0, [(state, 1.0)])
-    blocks = blocks_for("read", K, V, q.element_size(), False)
+    blocks = blocks_for("read", K, V, q.element_size(), NONE)
     columns = min(blocks.columns, width_block(V))
     read_forward(
         (plan.segments * heads * _blocks(V, columns),), (q, o, state, _or(plan.cuts, q), _or(plan.owner, q)),
@@ -376,7 +390,7 @@ def bidirectional_backward(
     R = _states(q, plan.rows, heads, K, V)
     outs = [(R, 1.0)] + ([] if dinitial is None else [(dinitial, scale)])
     _sum_segments(q, do, plan, blocks.chunk, None, dstate, 1.0 / scale, outs)
-    blocks = blocks_for("read", K, V, q.element_size(), False)
+    blocks = blocks_for("read", K, V, q.element_size(), NONE)
     XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
     read_backward(
         (plan.segments * heads * (2 * _blocks(K, XK) + _blocks(V, XV)),),
@@ -397,7 +411,7 @@ def _bidirectional_plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tupl
     fits = fits_one_program(width, q.dtype)
     plan = cut(q, cu_seqlens, bidirectional_segment_size(rows, heads, time, width))
     fused = not plan.two_levels and fits
-    return blocks_for("bidirectional", K, v.shape[3], q.element_size(), False), plan, fused
+    return blocks_for("bidirectional", K, v.shape[3], q.element_size(), NONE), plan, fused
 
 
 def _sum_segments(
@@ -413,14 +427,14 @@ def _sum_segments(
     """sum_t a_t^T b_t of every sequence, plus initial_scale * initial; each of `outs` gets it times its factor."""
     time, heads, W = a.shape[1:]
     X = b.shape[3]
-    blocks = blocks_for("gather", W, X, a.element_size(), False)
+    blocks = blocks_for("gather", W, X, a.element_size(), NONE)
     columns = min(blocks.columns, width_block(X))
     states = _states(a, plan.segments, heads, W, X)
     gather(
         (plan.segments * heads * _blocks(X, columns),),
         (a, b, states, states, a, a, _bytes(mask, a), _or(plan.cuts, a)),
         (0, time, heads, plan.size, plan.per_row, *_strides(a, b)),
-        W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=DECAY_NONE,
+        W=W, X=X, BW=width_block(W), BX=columns, BT=chunk, DECAY=NONE,
         REVERSE=False, MASK=mask is not None, SKIP=False, VARLEN=plan.cuts is not None, TABLE=plan.table,
         PRECISION=precision(a.dtype), STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip

@@ -136,7 +136,7 @@ def _forward_fake(q, k, v, log_decay, initial_state, cu_seqlens, mask, scale, ca
     if want_state or (save and log_decay is None):
         state = q.new_empty(rows, heads, K, V, dtype=torch.float32)
     if causal and save:
-        size = launch.causal_segment_size(q, v, cu_seqlens, log_decay is not None)
+        size = launch.causal_segment_size(q, v, cu_seqlens, launch.kind_of(log_decay))
         segments = launch.count_segments(q, cu_seqlens, size)
         if segments != rows:
             saved = q.new_empty(segments, heads, K, V, dtype=torch.float32)
