@@ -232,7 +232,7 @@ def backward_norm(
     partial = torch.empty(programs, branches + 1, dim, dtype=torch.float32, device=x.device)
     tensors = (y, dz, mean, rstd, scale, bias)
     norms.gradient_sums[(programs, blocks)](
-        *tensors, partial, rows, each, rows * dim, dim, N=branches, SILU=silu, BR=8, BC=128, num_warps=4
+        *tensors, partial, rows, each, rows * dim, dim, N=branches, SILU=silu, BR=4, BC=128, num_warps=4
     )
     sums = summed(partial)
     dy = torch.empty_like(y)

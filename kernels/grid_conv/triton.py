@@ -64,6 +64,26 @@ def lay_out(short, cross, scale, taps, D, places, columns, L, GROUPS, per_group,
     tl.store(taps + tl.program_id(0) * D + d, tap, mask=there)
 
 
+@triton.jit
+def _short(out, source, tap, i0, j0, h, w, D, there,
+           K: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """`out` of the tile at (i0, j0), plus a K x K convolution."""
+    HALF: tl.constexpr = K // 2
+    # Input row i0 - HALF + n meets tap n - r of output row r, seen from the top.
+    for n in range(tl.maximum(0, HALF - i0), tl.minimum(K + R - 1, h - i0 + HALF)):
+        row = _line(source + (i0 - HALF + n) * w * D, D, j0 - HALF, w, there, W + 2 * HALF)
+        for q in tl.static_range(K):
+            updated = ()
+            for r in tl.static_range(R):
+                p = n - r
+                place = p * K + q if TRANSPOSED else (K - 1 - p) * K + (K - 1 - q)
+                t = tl.load(tap + place * D, mask=there & (p >= 0) & (p < K), other=0.0)
+                for j in tl.static_range(W):
+                    updated = updated + (out[r * W + j] + t * row[j + q],)
+            out = updated
+    return out
+
+
 @triton.jit(do_not_specialize=["tile_rows", "tile_columns"])
 def convolve(
     x, taps, bias, y, u, sums, h, w, D, tile_rows, tile_columns, branch_stride,
@@ -87,21 +107,8 @@ def convolve(
     out = _zeros(R * W, C)
 
     for b in tl.static_range(len(WIDTHS)):
-        K: tl.constexpr = WIDTHS[b]
-        HALF: tl.constexpr = WIDTHS[b] // 2
-        # Input row i0 - HALF + n meets tap n - r of output row r, seen from the top.
-        for n in range(tl.maximum(0, HALF - i0), tl.minimum(K + R - 1, h - i0 + HALF)):
-            row = _line(source + (i0 - HALF + n) * w * D, D, j0 - HALF, w, there, W + 2 * HALF)
-            for q in tl.static_range(K):
-                updated = ()
-                for r in tl.static_range(R):
-                    p = n - r
-                    place = p * K + q if TRANSPOSED else (K - 1 - p) * K + (K - 1 - q)
-                    t = tl.load(tap + place * D, mask=there & (p >= 0) & (p < K), other=0.0)
-                    for j in tl.static_range(W):
-                        updated = updated + (out[r * W + j] + t * row[j + q],)
-                out = updated
-        tap += K * K * D
+        out = _short(out, source, tap, i0, j0, h, w, D, there, WIDTHS[b], TRANSPOSED, R, W)
+        tap += WIDTHS[b] * WIDTHS[b] * D
         source += branch_stride
 
     if CROSS:
