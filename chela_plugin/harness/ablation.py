@@ -72,8 +72,7 @@ def run_ablations(
         pending = [cell for cell in grid if not is_settled(cell, results.records)]
         display.skip(len(grid) - len(pending))
         _tell_of_other_code(results.records, display)
-        steps = {name: ablation.training.steps for name, ablation in ablations.items()}
-        events = _Events(results, display, steps)
+        events = _Events(results, display, ablations, pending)
         runner = lru_cache(None)(lambda name: CellRunner(ablations[name], results.path, trackers))
         for name, task in dict.fromkeys((cell.ablation, cell.task) for cell in pending):
             with cache.reporting(_Generation(task, display)):
@@ -85,28 +84,27 @@ def run_ablations(
             if ray is not None:
                 run_on_ray(pending, ablations, results.path, events, stop, trackers)
             elif workers > 1:
-                run_in_processes(pending, ablations, results.path, workers, events, stop, trackers)
+                run_in_processes(pending, ablations, results.path, workers, events, stop, trackers, events.readings)
             else:
                 run_here(pending, runner, events, stop)
         except Interrupted:
             return stop.exit_code
-        readings = [Reading(run) for run in _to_test(ablations, results.records)]
-        tests = _Tests(results)
+        readings = events.readings()  # where runs end in processes, most are done by now
         workers = min(workers, len(readings))
         if workers > 1 and ray is None:
             try:
-                run_in_processes(readings, ablations, results.path, workers, tests, stop, trackers)
+                run_in_processes(readings, ablations, results.path, workers, events, stop, trackers)
             except Interrupted:
                 return stop.exit_code
         else:
             for done, reading in enumerate(readings):
                 if stop.signal is not None or (done and stop.asked):  # a short time is enough for one
                     return stop.exit_code
-                tests.done(reading, read(runner(reading.ablation), reading))
-    if tests.unread:
+                events.done(reading, read(runner(reading.ablation), reading))
+    if events.unread:
         raise ResultsError(
             "these runs are finished, and their models failed on the test split; mend it and start again:\n  "
-            + "\n  ".join(tests.unread)
+            + "\n  ".join(events.unread)
         )
     return None
 
@@ -124,18 +122,31 @@ class _Generation:
 
 
 class _Events:
-    """Keeps records and moves the bars."""
+    """Keeps records, moves the bars, and knows what the test split may be read for."""
 
-    def __init__(self, results: ResultsFolder, display: PlainProgress, steps: dict[str, int]):
-        self.results, self.display, self.steps = results, display, steps
+    def __init__(
+        self, results: ResultsFolder, display: PlainProgress, ablations: dict[str, Ablation], pending: Sequence[Cell]
+    ):
+        self.results, self.display, self.ablations = results, display, ablations
+        self.left = set(pending)
+        self.asked: set[str] = set()  # cells whose test reading was given out
+        self.unread: list[str] = []
 
-    def start(self, cell: Cell) -> None:
-        self.display.start(str(cell), self.steps[cell.ablation])
+    def start(self, cell: Cell | Reading) -> None:
+        if isinstance(cell, Cell):
+            self.display.start(str(cell), self.ablations[cell.ablation].training.steps)
 
-    def step(self, cell: Cell, step: int, loss: float) -> None:
+    def step(self, cell: Cell | Reading, step: int, loss: float) -> None:
         self.display.step(str(cell), step, loss)
 
-    def done(self, cell: Cell, record: Record) -> None:
+    def done(self, cell: Cell | Reading, record: Record) -> None:
+        if isinstance(cell, Reading):
+            if record["record"] == "test":
+                self.results.append(record)
+            else:
+                self.unread.append(f"{cell}: {record['reason']}")
+            return
+        self.left.discard(cell)
         self.results.append(record)
         self.results.drop_checkpoint(cell.id)
         if record["status"] == "finished":
@@ -145,23 +156,16 @@ class _Events:
             outcome = f"{record['status']}: {record['reason']}"
         self.display.finish(str(cell), outcome)
 
-
-class _Tests:
-    """Keeps what the test split's readings find."""
-
-    def __init__(self, results: ResultsFolder):
-        self.results = results
-        self.unread: list[str] = []
-
-    def start(self, cell: Reading) -> None: ...
-
-    def step(self, cell: Reading, step: int, loss: float) -> None: ...
-
-    def done(self, cell: Reading, record: Record) -> None:
-        if record["record"] == "test":
-            self.results.append(record)
-        else:
-            self.unread.append(f"{cell}: {record['reason']}")
+    def readings(self) -> list[Reading]:
+        """What has become ready to be read since the last call: all runs of a mixer on a task have ended."""
+        open_groups = {cell.group for cell in self.left}
+        found = [
+            run
+            for run in _to_test(self.ablations, self.results.records)
+            if run["cell"] not in self.asked and (run["ablation"], run["task"], run["mixer"]) not in open_groups
+        ]
+        self.asked |= {run["cell"] for run in found}
+        return [Reading(run) for run in found]
 
 
 def _tell_of_other_code(records: Sequence[Record], display: PlainProgress) -> None:

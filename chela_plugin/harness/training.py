@@ -149,11 +149,17 @@ def new_fabric(config: Training) -> Any:
     """Lightning Fabric for one device. Raises ConfigError where the device is not there."""
     need("lightning", "harness")
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import LightningEnvironment
 
     if config.accelerator == "cuda" and not torch.cuda.is_available():
         raise ConfigError("training.accelerator is cuda, and torch sees no CUDA device; use auto or cpu")
     accelerator = "cuda" if config.accelerator == "auto" and torch.cuda.is_available() else config.accelerator
-    fabric = Fabric(accelerator="cpu" if accelerator == "auto" else accelerator, devices=1, precision=config.precision)
+    fabric = Fabric(
+        accelerator="cpu" if accelerator == "auto" else accelerator,
+        devices=1,
+        precision=config.precision,
+        plugins=LightningEnvironment(),  # else it looks for a cluster, and where mpi4py is installed that starts MPI
+    )
     fabric.launch()
     return fabric
 

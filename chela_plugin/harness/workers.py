@@ -156,8 +156,12 @@ def run_in_processes(
     events: Events,
     stop: Stop,
     trackers: Sequence[str] = (),
+    then: Callable[[], Sequence[Cell | Reading]] = tuple,
 ) -> None:
-    """Cells or readings on `workers` processes. Raises Interrupted once all have saved, or a worker's fatal error."""
+    """Cells or readings on `workers` processes. Raises Interrupted once all have saved, or a worker's fatal error.
+
+    then: what more there is to do whenever something is done; processes without work wait for it.
+    """
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in a broken state
     queue = deque(pending)
     crew: list[_Worker] = []
@@ -171,48 +175,53 @@ def run_in_processes(
         theirs.close()
         crew.append(_Worker(process, ours, slot))
 
-    def give(worker: _Worker) -> None:
-        worker.cell = None
-        if queue and not stop.asked:
-            worker.cell = queue.popleft()
-            worker.pipe.send(worker.cell)
-            events.start(worker.cell)
-        else:
-            worker.pipe.close()
-            crew.remove(worker)
+    def give() -> None:
+        """Work for all who have none."""
+        for worker in crew:
+            if worker.cell is None and queue and not stop.asked:
+                worker.cell = queue.popleft()
+                with suppress(BrokenPipeError):  # it died while it waited; its end shows in the pipe
+                    worker.pipe.send(worker.cell)
+                events.start(worker.cell)
 
     try:
         for slot in range(min(workers, len(queue))):
             hire(slot)
-            give(crew[-1])
+            give()
         told = False
-        while crew:
+        while busy := [worker for worker in crew if worker.cell is not None]:
             if stop.asked and not told:
                 told = True
-                for worker in crew:
+                for worker in busy:
                     with suppress(BrokenPipeError):  # it died just now; its end shows in the pipe
                         worker.pipe.send("stop")
-            for pipe in wait([worker.pipe for worker in crew], timeout=0.2):
+            for pipe in wait([worker.pipe for worker in busy], timeout=0.2):
                 worker = next(w for w in crew if w.pipe is pipe)
-                assert worker.cell is not None
+                cell, worker.cell = worker.cell, None
+                assert cell is not None
                 try:
                     kind, *content = worker.pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    _lost(worker, events)
+                    _lost(worker, cell, events)
                     crew.remove(worker)
+                    queue.extend(then())
                     if queue and not stop.asked:
                         hire(worker.slot)
-                        give(crew[-1])
+                    give()
                     continue
                 if kind == "step":
-                    events.step(worker.cell, *content)
+                    worker.cell = cell
+                    events.step(cell, *content)
                 elif kind == "done":
-                    events.done(worker.cell, *content)
-                    give(worker)
+                    events.done(cell, *content)
+                    queue.extend(then())
+                    give()
                 elif kind == "stopped":
                     crew.remove(worker)
                 else:
                     raise content[0]
+        for worker in crew:
+            worker.pipe.close()
     finally:
         for worker in crew:
             worker.process.terminate()
@@ -236,11 +245,10 @@ def _one_gpu(gpus: Sequence[str], slot: int) -> Iterator[None]:
             os.environ[name] = str(before)
 
 
-def _lost(worker: _Worker, events: Events) -> None:
+def _lost(worker: _Worker, cell: Cell | Reading, events: Events) -> None:
     """A worker is gone without a word: its cell failed, and the others go on."""
     worker.process.join()
-    code, cell = worker.process.exitcode, worker.cell
-    assert cell is not None
+    code = worker.process.exitcode
     died = f"exited with code {code}"
     if code < 0:
         died = f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
