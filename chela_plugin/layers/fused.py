@@ -9,8 +9,9 @@ own; at width 1,024 and 32,768 tokens the host then takes twice as long to launc
     Y = (RMSNorm_head(O + d v) * SiLU(g)) Wo'                     one pass (kernels/gated_norm) and a product
 
 and backward the gradients of [q' k' g] and [v' t'] are written into one buffer each, so that Z and X get theirs from
-one product each instead of sums of several. Kernels are called as functions: what torch would ask of an operator (a
-fake, a gradient) only this node needs.
+one product each instead of sums of several. Of what the forward pass made, q, k, v and Y are not kept, 3 of a block's 19
+tensors: the norm's backward pass writes v and Y once more, q and k take a pass of their own. Kernels are called as
+functions: what torch would ask of an operator (a fake, a gradient) only this node needs.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class FusedAttention(torch.autograd.Function):
             out = y.view(-1, heads * values) @ proj.to(x.dtype).T
         if learns:
             ctx.shape = shape
-            tensors = (q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o)  # y is made again
+            tensors = (log_decay, state, saved, from_z, from_x, o)
             ctx.save_for_backward(x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors)
         return out.view(batch, time, -1)
 
@@ -92,23 +93,26 @@ class FusedAttention(torch.autograd.Function):
         from chela_plugin.kernels.qkv_activation import launch as activation
 
         x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors = ctx.saved_tensors
-        q_heads, k_heads, v_heads, log_decay, state, saved, from_z, from_x, o = tensors
+        log_decay, state, saved, from_z, from_x, o = tensors
         heads, keys, values, causal = ctx.shape
         batch, time, dim = x.shape
         x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
         with exactly(x):
             dout = dout.to(x.dtype).reshape(-1, dout.shape[-1])
             dy = (dout @ proj.to(x.dtype)).view(batch, time, -1)
-            y = torch.empty_like(dy)
-            dfrom_z, dfrom_x = torch.empty_like(from_z), torch.empty_like(from_x)
+            y, v_heads, dfrom_z = torch.empty_like(dy), torch.empty_like(o), torch.empty_like(from_z)
             gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
+            before = from_x[:, : heads * values].view(o.shape)
             do, _, dskip, dhead_norm, _ = norm.backward(
-                dy, o, v_heads, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], with_dv=False, y=y
+                dy, o, before, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], False, y, v_heads
             )
             dproj = dout.T @ y.view(-1, heads * values)
+            del y, dy
+            q_heads, k_heads = (h.view(*o.shape[:3], keys) for h in activation.activate_qk(from_z, heads, keys))
             dq, dk, dv, dlog_decay, _ = attention.backward(
                 q_heads, k_heads, v_heads, log_decay, None, None, None, state, saved, do, None, keys**-0.5, causal
             )
+            dfrom_x = torch.empty_like(from_x)
             dbias = activation.gradient(dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x)
             dz = (dfrom_z @ joined(x.dtype, q, k, g)).view(z.shape)
             dx = (dfrom_x @ joined(x.dtype, v, dt, multiple=16)).view(x.shape)

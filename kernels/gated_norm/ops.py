@@ -66,11 +66,13 @@ def backward(
     dgate: Tensor | None = None,
     with_dv: bool = True,
     y: Tensor | None = None,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of o, v, skip, weight and gate.
 
     dgate: where the gate's is to be written, rows `[B T, H V]` of o's dtype. with_dv: False leaves out v's, which is
-    skip times o's. y: where forward's result is to be written once more, dense, for who did not keep it.
+    skip times o's. y: where forward's result is to be written once more, dense, for who did not keep it. activated: the
+    same for v, which is then given before its SiLU.
     """
     heads, width = weight.shape
     o_rows, stride_o = rows_of(_computed(o), heads * width)
@@ -91,11 +93,11 @@ def backward(
     with ready_for(o):
         norm_gradient(
             (programs, heads),
-            (dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do if y is None else y, do, dv,
-             dgate, dweight, dskip),
+            (dy_rows, o_rows, v_rows, weight if skip is None else skip, weight, g_rows, do if y is None else y,
+             do if activated is None else activated, do, dv, dgate, dweight, dskip),
             (rows, stride_dy, stride_o, stride_v, stride_g, 0 if gate is None else dgate.stride(-2), eps, blocks),
             V=width, H=heads, SKIP=skip is not None, DV=with_dv,
-            GATE=gate is not None, Y=y is not None, BR=block, BV=columns, num_warps=8,
+            GATE=gate is not None, Y=y is not None, SILU=activated is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
     dskip = o.new_empty(0) if skip is None else dskip.sum(0).to(skip.dtype)
     return do.to(o.dtype), dv.to(o.dtype), dskip, dweight.sum(0).to(weight.dtype), dgate.to(o.dtype)

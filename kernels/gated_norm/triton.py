@@ -40,13 +40,13 @@ def forward(
 
 @triton.jit
 def backward(
-    dy, o, v, skip, weight, gate, y, do, dv, dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v, stride_g,
-    stride_dg, eps, blocks, V: tl.constexpr, H: tl.constexpr, SKIP: tl.constexpr, DV: tl.constexpr, GATE: tl.constexpr,
-    Y: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    dy, o, v, skip, weight, gate, y, activated, do, dv, dgate, dweight, dskip, rows, stride_dy, stride_o, stride_v,
+    stride_g, stride_dg, eps, blocks, V: tl.constexpr, H: tl.constexpr, SKIP: tl.constexpr, DV: tl.constexpr,
+    GATE: tl.constexpr, Y: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Program (i, h) walks `blocks` blocks of BR rows; dweight `[programs, H, V]` and dskip `[programs, H]` partial.
 
-    Y: writes y once more."""
+    Y: writes y once more. SILU: v comes before its SiLU, and v itself is written to `activated`."""
     h = tl.program_id(1)
     column = tl.arange(0, BV)
     at = h * V + column[None, :]
@@ -63,6 +63,10 @@ def backward(
         value = u
         if SKIP:
             value = tl.load(v + row[:, None] * stride_v + at, mask=there, other=0.0).to(tl.float32)
+            if SILU:
+                rounded = (value * tl.sigmoid(value)).to(activated.dtype.element_ty)
+                tl.store(activated + row[:, None] * (H * V) + at, rounded, mask=there)
+                value = rounded.to(tl.float32)
             u += d * value
         r = tl.rsqrt(tl.sum(u * u, axis=1) / V + eps)[:, None]
         p = tl.load(dy + row[:, None] * stride_dy + at, mask=there, other=0.0).to(tl.float32)

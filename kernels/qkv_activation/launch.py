@@ -36,6 +36,20 @@ def activate(
     return q, k, v, log_decay
 
 
+def activate_qk(from_z: Tensor, heads: int, keys: int) -> tuple[Tensor, Tensor]:
+    """q and k of `activate` alone."""
+    rows, wide = from_z.shape[0], heads * keys
+    qk = torch.empty(rows, 2 * wide, dtype=from_z.dtype, device=from_z.device)
+    with ready_for(from_z):
+        activation(
+            (ceil_div(rows, ROWS), ceil_div(2 * wide, COLUMNS)), (from_z, from_z, from_z, qk, qk, qk),
+            (rows, from_z.stride(0), from_z.stride(0), 2 * wide), QK=2 * wide, VALUES=0, H=heads, DECAY=False, BR=ROWS,
+            BC=COLUMNS, BH=next_power_of_2(heads), num_warps=8,
+        )  # fmt: skip
+    q, k = qk.view(rows, 2, heads, keys).unbind(1)
+    return q, k
+
+
 def gradient(
     dq: Tensor,
     dk: Tensor,
