@@ -9,9 +9,9 @@ own; at width 1,024 and 32,768 tokens the host then takes twice as long to launc
     Y = (RMSNorm_head(O + d v) * SiLU(g)) Wo'                     one pass (kernels/gated_norm) and a product
 
 and backward the gradients of [q' k' g] and [v' t'] are written into one buffer each, so that Z and X get theirs from
-one product each instead of sums of several. Of what the forward pass made, q, k, v and Y are not kept, 3 of a block's 19
-tensors: the norm's backward pass writes v and Y once more, q and k take a pass of their own. Kernels are called as
-functions: what torch would ask of an operator (a fake, a gradient) only this node needs.
+one product each instead of sums of several. Of what the forward pass made, q, k, v and Y are not kept, three of a
+block's 19 tensors: the norm's backward pass writes v and Y once more, q and k take a pass of their own. Kernels are
+called as functions: what torch would ask of an operator (a fake, a gradient) only this node needs.
 """
 
 from __future__ import annotations
