@@ -1,12 +1,12 @@
 """Linear attention on the GPU: ours and fla's interleaved, with memory, error against fp64 and the memory floor.
 
-    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N] [--compile-only]
+    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N] [--fla-shapes N] [--compile-only | --compiled]
 
 Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, where it is installed) and
 PyTorch's flash attention. fla's static decay (g_gamma) has no gradient of the decay, ours has; its per-token decay
 refuses to run backward on Hopper. The floor counts every input read once and every output written once, backward
 inputs, dO and gradients, at the bandwidth in chela_plugin/bench/timing.py. Times are milliseconds: median, 20 %, 80 %.
-`--compile-only` compiles everything, fla's search too; it may run beside other work.
+`--compile-only` compiles everything, fla's search too; it may run beside other work, and `--compiled` comes after it.
 """
 
 from __future__ import annotations
@@ -100,27 +100,27 @@ def search_fla(T: int, H: int, K: int, V: int) -> None:
     torch.cuda.synchronize()
 
 
-def compile_fla(share: int) -> None:
+def compile_fla(case: tuple[int, tuple[int, int, int]]) -> None:
     """Every FLA_SHARES-th of the configurations that fla searches through, so that the search finds them compiled."""
+    share, shape = case
     for search in fla_searches():
         search.configs = search.configs[share::FLA_SHARES] or search.configs[:1]
         search.cache_results = False
         search._do_bench = lambda call, quantiles: (call(), [1.0] * 3)[1]
-    for shape in SHAPES:
-        try:
-            search_fla(2048, *shape)
-        except RuntimeError as error:  # a configuration that spills by the gigabyte, beside other processes
-            print(f"fla, share {share}: {error}")
+    try:
+        search_fla(2048, *shape)
+    except RuntimeError as error:  # a configuration that spills by the gigabyte, beside other processes
+        print(f"fla, share {share}: {error}")
 
 
-def fla_measured() -> Callable[..., tuple]:
+def fla_measured(shapes: list[tuple[int, int, int]]) -> Callable[..., tuple]:
     """fla's operator after its search, which is fla's own but for 12 ms a configuration where it would take 100."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     start = time.perf_counter()
     for search in fla_searches():
         search._do_bench = lambda call, quantiles: triton.testing.do_bench(call, warmup=3, rep=12, quantiles=quantiles)
-    for shape in SHAPES:
+    for shape in shapes:
         search_fla(2048, *shape)
     print(f"fla's search: {time.perf_counter() - start:.0f} s", flush=True)
     return chunk_simple_gla
@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linear_attention_h100.json")
     parser.add_argument("--revision", help="of the code, where there is no git repository")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--fla-shapes", type=int, default=len(SHAPES), help="fla at the first N shapes only")
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     rounds = options.rounds
     record: dict[str, Any] = conditions(options.revision)
@@ -279,27 +281,32 @@ def main() -> None:
         print(name, value if name != "results" else "", flush=True)
 
     peer = importlib.util.find_spec("fla") is not None
-    in_parallel(
-        compile_case, [(T, *s, variant) for T in (8192, 32768, 2048) for s in SHAPES for variant in VARIANTS], 14
-    )
+    if not options.compiled:
+        in_parallel(
+            compile_case, [(T, *s, variant) for T in (8192, 32768, 2048) for s in SHAPES for variant in VARIANTS], 14
+        )
     if options.compile_only:
-        if peer:
-            in_parallel(compile_fla, list(range(FLA_SHARES)), FLA_SHARES)
+        for shape in SHAPES[: options.fla_shapes if peer else 0]:
+            in_parallel(compile_fla, [(share, shape) for share in range(FLA_SHARES)], FLA_SHARES)
         return
     fla = fused_recurrent = None
-    if peer:
-        from fla.ops.simple_gla import fused_recurrent_simple_gla as fused_recurrent
+    fla_shapes = SHAPES[: options.fla_shapes if peer else 0]
+    if fla_shapes:
+        from fla.ops import simple_gla
 
-        fla = fla_measured()
+        fused_recurrent = simple_gla.fused_recurrent_simple_gla
+        fla = fla_measured(fla_shapes)
         record["versions"]["fla"] = importlib.metadata.version("fla-core")
     save("small", small_calls(fused_recurrent))
     results: list[dict] = []
     for shape in SHAPES:
         for T in TIMES:
-            results += throughput(T, *shape, rounds, fla)
+            results += throughput(T, *shape, rounds, fla if shape in fla_shapes else None)
             save("results", results)
     cases = [(T, H, D, D) for T in (2048, 32768) for H, D in ((32, 64), (16, 128))]
-    save("errors", [row for case in cases for row in errors(*case, fla)])
+    save(
+        "errors", [row for T, *shape in cases for row in errors(T, *shape, fla if tuple(shape) in fla_shapes else None)]
+    )
     save("million", million(rounds))
     for row in sorted(results, key=lambda row: (row["H"], row["K"], row["T"])):
         where = (
