@@ -1,6 +1,7 @@
 """Linear attention on the GPU: ours and fla's interleaved, with memory, error against fp64 and the memory floor.
 
-    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N] [--fla-shapes N] [--compile-only | --compiled]
+    python benchmarks/linear_attention.py [--out FILE] [--revision R] [--rounds N] [--fla-shapes N]
+        [--compile-only | --compiled]
 
 Peers: fla's chunk_simple_gla and fused_recurrent_simple_gla (flash-linear-attention, where it is installed) and
 PyTorch's flash attention. fla's static decay (g_gamma) has no gradient of the decay, ours has; its per-token decay
@@ -291,7 +292,7 @@ def main() -> None:
         return
     fla = fused_recurrent = None
     fla_shapes = SHAPES[: options.fla_shapes if peer else 0]
-    if fla_shapes:
+    if peer:
         from fla.ops import simple_gla
 
         fused_recurrent = simple_gla.fused_recurrent_simple_gla
