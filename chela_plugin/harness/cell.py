@@ -141,7 +141,7 @@ class CellRunner:
             "tokens_per_second": done.timed_steps * tokens / done.timed_seconds if done.timed_steps else None,
             "seconds": done.seconds,
             "peak_bytes": done.peak_bytes,
-            "cuda_graph": {"steps": done.replayed, "refused": done.eager_because},
+            "replayed_steps": done.replayed,
             "history": done.history,
             "parameters": match.parameters,
             "parameter_ratio": match.ratio,

@@ -77,7 +77,6 @@ class Progress:
     timed_steps: int = 0
     timed_seconds: float = 0.0
     replayed: int = 0  # steps from a CUDA graph
-    eager_because: str | None = None  # why a step could not be captured
     peak_bytes: int | None = None  # CUDA allocator; a CPU process has no such figure of its own
     # Digests of what all steps so far were given: rows of the training split, and the schedule as a share of its peak.
     # None after a checkpoint of a version that kept none.
@@ -254,8 +253,7 @@ def run(
                 clock.stop()
                 if device.type == "cuda":
                     progress.peak_bytes = max(progress.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
-                progress.replayed, progress.eager_because = progress.replayed + update.replayed, update.refusal
-                update.replayed = 0
+                progress.replayed, update.replayed = progress.replayed + update.replayed, 0
                 state = vars(progress) | {"losses": finite(losses, progress.step)}
                 save_tensors(checkpoint, _tensors(plain, optimizer, best), state)
                 last_save = time.monotonic()

@@ -53,8 +53,20 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
             group["lr"] = rate
 
 
+class NotCapturable(RuntimeError):
+    """A step that can't be a CUDA graph. The process is done for: a broken capture leaves its random state captured."""
+
+
+def record(step: Callable[[], Tensor], stream: Any) -> tuple[Any, Tensor]:
+    """A graph of `step`'s launches, none of which is done now, and the tensor into which a replay puts its result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = step()
+    return graph, result
+
+
 class Update:
-    """`loss = update(batch, length)`: one step on a batch of named tensors, eager or replayed.
+    """`loss = update(batch)`: one step on a batch of named tensors, launched or replayed.
 
     Args:
         fabric: Lightning Fabric of one device.
@@ -80,7 +92,6 @@ class Update:
         self.seen: dict[tuple[Any, ...], int] = {}
         self.captured: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
         self.replayed = 0  # steps
-        self.refusal: str | None = None  # why capturing was given up
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -94,37 +105,34 @@ class Update:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """The batch's mean loss before the update, a tensor on the device."""
+        """The batch's mean loss before the update, a tensor on the device. Raises NotCapturable."""
         if not self.on:
             return self._step(batch)
         shape = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
         if shape not in self.captured:
             self.seen[shape] = self.seen.get(shape, 0) + 1
-            if self.seen[shape] <= EAGER_STEPS or len(self.captured) >= MOST_GRAPHS or self.refusal is not None:
+            if self.seen[shape] <= EAGER_STEPS or len(self.captured) >= MOST_GRAPHS:
                 return self._step(batch)
-            if not self._capture(shape, batch):
-                return self._step(batch)
+            self._capture(shape, batch)
         graph, inputs, loss = self.captured[shape]
         for name, tensor in batch.items():
             inputs[name].copy_(tensor)
         graph.replay()
+        torch.autograd.graph.increment_version(self.model.parameters())  # a replay is no operation that autograd sees
         self.replayed += 1
         return loss.clone()
 
-    def _capture(self, shape: tuple[Any, ...], batch: dict[str, Tensor]) -> bool:
-        """Record one step of this shape without doing it; False, and no more tries, where that can't be done."""
+    def _capture(self, shape: tuple[Any, ...], batch: dict[str, Tensor]) -> None:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                loss = self._step(inputs)
+            graph, loss = record(lambda: self._step(inputs), self.stream)
         except Exception as error:  # an operation that reads a number back, or a library that can't be captured
-            self.refusal = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            self.optimizer.zero_grad()
-            torch.cuda.synchronize()
-            return False
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise NotCapturable(
+                f"its step can't be captured as a CUDA graph ({reason}); the same command with "
+                "training.cuda_graph=false tries it again, launched step by step"
+            ) from error
         self.captured[shape] = graph, inputs, loss
-        return True
 
     def _step(self, batch: dict[str, Tensor]) -> Tensor:
         self.optimizer.zero_grad()  # first, so that a capture makes gradients of its own

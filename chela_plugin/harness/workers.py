@@ -215,6 +215,12 @@ def run_in_processes(
                 elif kind == "done":
                     events.done(cell, *content)
                     queue.extend(then())
+                    if gpus and content[0].get("status") == "failed":
+                        # After an error on the device, or in a capture, everything else fails in this process.
+                        worker.pipe.close()
+                        crew.remove(worker)
+                        if queue and not stop.asked:
+                            hire(worker.slot)
                     give()
                 elif kind == "stopped":
                     crew.remove(worker)

@@ -85,7 +85,6 @@ def test_a_replayed_run_ends_as_an_eager_one(run, tmp_path, mixer):
     eager = run(tmp_path / "eager", mixer, graph=False)
     replayed = run(tmp_path / "replayed", mixer, graph=True)
     assert eager.replayed == 0
-    assert replayed.eager_because is None
     assert replayed.replayed == 16  # of two shapes, four steps each launch
     one, other = weights(tmp_path / "eager"), weights(tmp_path / "replayed")
     for name in one:
