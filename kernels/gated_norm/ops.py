@@ -12,8 +12,8 @@ from . import triton as kernels
 
 norm, norm_gradient = Launcher(kernels.forward), Launcher(kernels.backward)
 _INPUTS = "Tensor o, Tensor? v, Tensor? skip, Tensor weight, Tensor? gate"
-BACKWARD_BLOCK = 4096  # numbers; on an H100 0.215 ms where 2,048 take 0.283 and 1,024 take 0.380 (32,768 x 1,024, bf16)
-PROGRAMS = 512  # backward: blocks side by side, four waves of an H100; each leaves one partial sum of a weight
+BACKWARD_BLOCK = 2048  # numbers: 112 registers of sm_90, so that two programs share a multiprocessor
+PROGRAMS = 2048  # backward: blocks side by side; each leaves one partial sum of a weight
 
 
 def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:

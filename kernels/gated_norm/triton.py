@@ -54,13 +54,16 @@ def backward(
     d = 0.0
     if SKIP:
         d = tl.load(skip + h).to(tl.float32)
-    sum_w = tl.zeros([BV], tl.float32)
+    sum_w = tl.zeros([BR, BV], tl.float32)  # summed over its rows once, at the end: that takes all warps
     sum_d = tl.zeros([BR], tl.float32)
     for i in range(blocks):
         row = ((tl.program_id(0).to(tl.int64) * blocks + i) * BR + tl.arange(0, BR)).to(tl.int64)
         there = (row < rows)[:, None] & (column < V)[None, :]
+        # All loads stand before the first store, which they may not pass.
         u = tl.load(o + row[:, None] * stride_o + at, mask=there, other=0.0).to(tl.float32)
-        value = u
+        p = tl.load(dy + row[:, None] * stride_dy + at, mask=there, other=0.0).to(tl.float32)
+        if GATE:
+            z = tl.load(gate + row[:, None] * stride_g + at, mask=there, other=0.0).to(tl.float32)
         if SKIP:
             value = tl.load(v + row[:, None] * stride_v + at, mask=there, other=0.0).to(tl.float32)
             if SILU:
@@ -69,17 +72,15 @@ def backward(
                 value = rounded.to(tl.float32)
             u += d * value
         r = tl.rsqrt(tl.sum(u * u, axis=1) / V + eps)[:, None]
-        p = tl.load(dy + row[:, None] * stride_dy + at, mask=there, other=0.0).to(tl.float32)
         out = u * r * w[None, :]
         if GATE:
-            z = tl.load(gate + row[:, None] * stride_g + at, mask=there, other=0.0).to(tl.float32)
             s = tl.sigmoid(z)
             tl.store(dgate + row[:, None] * stride_dg + at, p * out * (s + z * s * (1 - s)), mask=there)
             p *= z * s
             out *= z * s
         if Y:
             tl.store(y + row[:, None] * (H * V) + at, out, mask=there)
-        sum_w += tl.sum(p * u * r, axis=0)
+        sum_w += p * u * r
         p *= w[None, :]
         du = r * (p - u * (r * r * (tl.sum(p * u, axis=1) / V)[:, None]))
         tl.store(do + row[:, None] * (H * V) + at, du, mask=there)
@@ -87,6 +88,6 @@ def backward(
             if DV:
                 tl.store(dv + row[:, None] * (H * V) + at, d * du, mask=there)
             sum_d += tl.sum(du * value, axis=1)
-    tl.store(dweight + (tl.program_id(0) * H + h) * V + column, sum_w, mask=column < V)
+    tl.store(dweight + (tl.program_id(0) * H + h) * V + column, tl.sum(sum_w, axis=0), mask=column < V)
     if SKIP:
         tl.store(dskip + tl.program_id(0) * H + h, tl.sum(sum_d, axis=0))
