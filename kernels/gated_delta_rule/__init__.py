@@ -9,6 +9,7 @@ from chela_plugin.kernels.gated import check_state, scale_or_default
 from chela_plugin.kernels.gated_delta_rule import reference
 from chela_plugin.kernels.peers import gated_backward_refused, peer
 from chela_plugin.kernels.precision import at_least_fp32, without_autocast
+from chela_plugin.kernels.untraced import compiling
 
 __all__ = ["backend", "gated_delta_rule", "gated_delta_rule_step"]
 
@@ -71,6 +72,11 @@ def gated_delta_rule(
             f"{list(log_decay.shape)}"
         )
     check_state(initial_state, k[:, 0], v[:, 0])
+    if compiling():
+        from . import ops
+
+        o, state = ops.forward_op(q, k, v, beta, log_decay, initial_state, scale_or_default(scale, k))
+        return o, state if output_final_state else None
     fits = k.shape[-1] <= WIDEST_KEY and q.dtype == k.dtype == v.dtype and q.is_cuda
     kernel = peer(_kernel(), q.device, q.dtype) if fits else None
     with without_autocast(q):

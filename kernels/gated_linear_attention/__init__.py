@@ -12,6 +12,7 @@ from chela_plugin.kernels.gated import check_state, scale_or_default
 from chela_plugin.kernels.gated_linear_attention import reference
 from chela_plugin.kernels.peers import peer
 from chela_plugin.kernels.precision import at_least_fp32, without_autocast
+from chela_plugin.kernels.untraced import compiling
 
 __all__ = ["backend", "gated_linear_attention", "gated_linear_attention_step"]
 
@@ -56,6 +57,11 @@ def gated_linear_attention(
     if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must be [B, T, H, V] = {[*k.shape[:3], 'V']}, got {list(v.shape)}")
     check_state(initial_state, k[:, 0], v[:, 0])
+    if compiling():
+        from . import ops
+
+        o, state = ops.forward_op(q, k, v, log_decay, initial_state, scale_or_default(scale, k))
+        return o, state if output_final_state else None
     chunk_gla = peer("chunk_gla", q.device, q.dtype) if q.dtype == k.dtype == v.dtype else None
     with without_autocast(q):
         if chunk_gla is not None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from chela_plugin.kernels.precision import at_least_fp32, without_autocast
 from chela_plugin.kernels.selective_scan import reference
+from chela_plugin.kernels.untraced import compiling
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
@@ -42,6 +43,11 @@ def selective_scan(
         )
     _check_parameters(u, a, b, c, (*u.shape[:2], a.shape[-1]))
     _check_state(initial_state, u.shape[0], a)
+    if compiling():
+        from . import ops
+
+        y, state = ops.forward_op(u, delta, a, b, c, initial_state, 1.0)
+        return y, state if output_final_state else None
     with without_autocast(u):
         u_, delta_, a_, b_, c_, state = at_least_fp32(u, delta, a, b, c, initial_state)
         y, state = reference.chunked(u_, delta_, a_, b_, c_, initial_state=state)
