@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import chela_plugin.vision  # noqa: F401  # registers chela_vit_*, also where the autoload hook is switched off
 from chela_plugin.bench.cases import Build, Case, Unavailable, Work
+from chela_plugin.bench.graphs import Captured
 from chela_plugin.bench.layers import count
 from chela_plugin.bench.timing import Run
 from chela_plugin.harness.backbones import paths
@@ -20,6 +22,7 @@ SIZES = {  # pixels -> images a call
     "cpu": {32: 4, 64: 2},
 }
 MODELS = {"cuda": ("chela_vit_small", "vit_small_patch16_224"), "cpu": ("chela_vit_tiny", "vit_tiny_patch16_224")}
+WHATS = ("inference", "training", "inference_graph")
 MIXERS = ("chela", "attention", "bidirectional(mamba2)", "bidirectional(gla)", "linear_attention")
 
 
@@ -34,27 +37,30 @@ def cases(device: torch.device) -> list[Case]:
         found.append(
             Case(
                 axes={"B": batch, "pixels": pixels, "T": (pixels // 16) ** 2},
-                whats=("inference", "training"),
+                whats=WHATS[: 3 if device.type == "cuda" else 2],
                 contenders=contenders,
-                units=dict.fromkeys(("inference", "training"), (batch, "images")),
+                units=dict.fromkeys(WHATS, (batch, "images")),
             )
         )
     return found
 
 
 def work(name: str, mixer: str | None, pixels: int, batch: int, device: torch.device) -> Work:
-    """bf16 autocast on a GPU; a training step is loss, gradients and AdamW."""
+    """bf16 autocast on a GPU; a training step is loss, gradients and AdamW.
+
+    `inference_graph` is inference as a CUDA graph: what the device takes where the host is no limit.
+    """
     torch.manual_seed(0)
     options: dict[str, Any] = {"img_size": pixels}
     options |= {} if mixer is None else {"mixer": mixer}
     options |= {"depth": 2} if device.type == "cpu" else {}
-    model = timm.create_model(name, **options).to(device)
+    model: Any = timm.create_model(name, device=device, **options)
     with bf16(device):  # some kernels take 16-bit inputs only
         path = paths(model, device) if mixer is not None else "timm"
     if device.type == "cuda" and "reference" in path:
         raise Unavailable("no kernel here: its plain PyTorch form is not what the mixer costs")
     # Two, so that inference runs with its convolution folded, as it would be deployed.
-    folded: Any = timm.create_model(name, **options).to(device).eval()
+    folded = copy.deepcopy(model).eval()
     if hasattr(folded, "reparameterize"):
         folded.reparameterize()
     return Work(runs(model.train(), folded, pixels, batch, device), path, count(model))
@@ -83,4 +89,4 @@ def runs(model: nn.Module, folded: nn.Module, pixels: int, batch: int, device: t
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    return {"inference": inference, "training": training}
+    return {"inference": inference, "training": training, "inference_graph": Captured(inference)}

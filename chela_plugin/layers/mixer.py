@@ -11,6 +11,7 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
     path(device) -> str                                                                  (which implementation runs)
     uses_grid: bool                                                                      (if True, hosts pass `grid`)
     plain() -> nn.Module                        (optional: the same weights in a form that TorchScript and ONNX know)
+    sum_and_norm(x, branch, norm) -> (s, norm(s))     (optional: s = x + branch, in fewer passes than a host would take)
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from chela_plugin.kernels.packing import check_cu_seqlens
+
+from .residual import sum_and_norm
 
 Cache = dict[str, Tensor]
 
@@ -40,6 +43,7 @@ class Mixer(nn.Module):
     """
 
     uses_grid = False  # no annotation: TorchScript can't read one here
+    sum_and_norm = staticmethod(sum_and_norm)  # of the host's residual stream: no business of the mixer's own weights
 
     def __init__(self, dim: int, *, causal: bool):
         super().__init__()

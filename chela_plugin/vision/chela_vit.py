@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chela_plugin.registry import parse_pattern
 from chela_plugin.vision.block import (
     MixerBlock,
+    PatchConv,
     init_weights_outside,
     mixers_of,
     no_weight_decay_of,
@@ -102,6 +103,7 @@ class ChelaViT(VisionTransformer):
         )
         self.mixer = str(parse_pattern(mixer))
         check_divisible(img_size, patch_size, self.patch_embed)
+        self.patch_embed.proj = PatchConv.of(cast(nn.Conv2d, self.patch_embed.proj))
         # A block takes the grid too, which a Sequential could not pass on (TorchScript compiles its forward).
         cast(Any, self).blocks = nn.ModuleList(self.blocks)
         if patch_drop_rate > 0:
@@ -142,6 +144,7 @@ class ChelaViT(VisionTransformer):
         patch = self.patch_embed.patch_size if patch_size is None else to_2tuple(patch_size)
         check_divisible(self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed)
         super().set_input_size(img_size=cast(Any, img_size), patch_size=cast(Any, patch_size))
+        self.patch_embed.proj = PatchConv.of(cast(nn.Conv2d, self.patch_embed.proj))  # timm may have made a new one
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image `[B, C, H, W]` to embedded patches `[B, T, D]` and their grid."""
@@ -158,12 +161,25 @@ class ChelaViT(VisionTransformer):
     def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Image `[B, C, H, W]` to normalised patch features `[B, T, D]`."""
         x, grid = self._patches(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, grid)
-            else:
+        if torch.jit.is_scripting():
+            for block in self.blocks:
                 x = block(x, grid)
+        else:
+            x = self._through_blocks(x, grid)
         return self.norm(x)
+
+    @torch.jit.ignore
+    def _through_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """All blocks; on a GPU each hands its last branch on, to be added where the next one takes its norm."""
+        chained = not self.grad_checkpointing and type(x) is Tensor and x.is_cuda  # fx traces calls of modules
+        branch: Tensor | None = None
+        for block in cast(list[MixerBlock], self.blocks):
+            if chained and not block.hooked():
+                x, branch = block.branches(x, branch, grid)
+                continue
+            x, branch = x if branch is None else x + branch, None
+            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        return x if branch is None else x + branch
 
     def forward_intermediates(
         self,
