@@ -267,7 +267,7 @@ def weigh(x, u, z, sums, first, last, D, n, t_tiles, d_tiles, angle, x_b, x_t, x
     real, imaginary = ahead * cos, ahead * sin
     if TWO_SIDED:  # e^(i angle (t - n)) = -i e^(i angle t)
         at = row + (t - n - first).to(tl.int64)[:, None] * x_t
-        behind = tl.load(at, (t - n >= first)[:, None] & held, other=0.0).to(tl.float32)
+        behind = tl.load(at, ((t - n >= first) & (t < n))[:, None] & held, other=0.0).to(tl.float32)
         real, imaginary = real + behind * sin, imaginary - behind * cos
     pair = tl.permute(tl.join(real, imaginary), (1, 0, 2)).reshape(BD, 2 * BT)  # as it lies: whole rows are written
     p = t0 * 2 + tl.arange(0, 2 * BT)

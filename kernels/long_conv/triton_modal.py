@@ -117,7 +117,7 @@ def _columns(places, T, D, R, Q, segments, per_row, size, blocks, C: tl.constexp
         row = begin * 0
     else:
         row = (segment // per_row).to(tl.int64)
-        before = segment % per_row * size
+        before = tl.where(live, segment % per_row * size, 0)  # a dead column reads nothing, ahead of it neither
         begin = before.to(tl.int64)
         left = tl.where(live, T - before, 0)
         slot = row * ((T + C - 1) // C) + before // C
@@ -210,6 +210,24 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
         S1, S2 = a * S1 + b * S2 + E1, a * S2 - b * S1 + E2
 
 
+@triton.jit
+def _tile_of(x, t, left, x_t):
+    """x at tokens t `[C]` of a segment, `[C, N]`; zero where there is none."""
+    seen = (t >= 0)[:, None] & (t[:, None] < left[None, :])
+    return tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, seen, other=0.0)
+
+
+@triton.jit
+def _run_of(x, t, before, left, x_t, K: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
+    """What K short taps at tokens t .. t + RUN - 1 meet, one token apart: a tuple of RUN + K - 1 tiles."""
+    run = ()
+    for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
+        at = t + (j - AHEAD if REVERSE else j - (K - 1) + AHEAD)
+        seen = (at[:, None] + before[None, :] >= 0) & (at[:, None] < left[None, :])
+        run = run + (tl.load(x[None, :] + at.to(tl.int64)[:, None] * x_t, seen, other=0.0),)
+    return run
+
+
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
 def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments,
                per_row, size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
@@ -258,11 +276,19 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
     for k in tl.static_range(K):
         tap = tap + (tl.load(short + d * K + k, live, other=0.0).to(tl.float32),)
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
+    first = chunks - 1 if REVERSE else 0
+    next_tile = _tile_of(x, first * C + r, left, x_t)
+    next_run = _run_of(x, first * C + h, before, left, x_t, K, AHEAD, REVERSE)
     for step in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - step if REVERSE else step
         t = c * C + r
         held = t[:, None] < left[None, :]
-        XT = tl.trans(tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0).to(dtype))
+        XT = tl.trans(next_tile.to(dtype))
+        run = next_run
+        # The next chunk is on its way while this one is multiplied: no load goes past the stores below.
+        after = c - 1 if REVERSE else c + 1
+        next_tile = _tile_of(x, after * C + r, left, x_t)
+        next_run = _run_of(x, after * C + h, before, left, x_t, K, AHEAD, REVERSE)
         if SAVE:
             at = _state_at(states, slot + c, q, Q, SP, CB, N, False)
             tl.store(at, S1.to(dtype), (live & (c * C < left))[:, None])
@@ -273,16 +299,11 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
         S2 = tl.dot(XT, V2, A2, input_precision=PRECISION)
         total = tl.trans(acc) * factor[None, :] + shift[None, :]
         if K > 0:
-            xs = ()
-            for j in tl.static_range(RUN + K - 1):
-                tt = c * C + h + (j - AHEAD if REVERSE else j - (K - 1) + AHEAD)
-                seen = (tt[:, None] + before[None, :] >= 0) & (tt[:, None] < left[None, :])
-                xs = xs + (tl.load(x[None, :] + tt.to(tl.int64)[:, None] * x_t, seen, other=0.0).to(tl.float32),)
             sums = ()
             for j in tl.static_range(RUN):
                 part = tl.zeros((H, N), tl.float32)
                 for k in tl.static_range(K):
-                    part += xs[j + (k if REVERSE else K - 1 - k)] * tap[k][None, :]
+                    part += run[j + (k if REVERSE else K - 1 - k)].to(tl.float32) * tap[k][None, :]
                 sums = sums + (part,)
             total += _join_run(sums)
         at = t.to(tl.int64)[:, None] * y_t
@@ -390,16 +411,23 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
             t = first + (j - (K - 1) + AHEAD)
             seen = there & (t + before >= 0) & (t < left)
             xs = xs + (tl.load(x + t.to(tl.int64) * x_t, seen, other=0.0).to(tl.float32),)
+        # All loads of a chunk before its first store: the compiler takes none past a store, and each would wait alone.
+        grads = ()
+        values = ()
         for j in tl.static_range(RUN):
             t = first + j
             seen = there & (t < left)
-            grad = tl.load(dy + t.to(tl.int64) * g_t, seen, other=0.0).to(tl.float32)
+            grads = grads + (tl.load(dy + t.to(tl.int64) * g_t, seen, other=0.0),)
             if SILU:
-                at = t.to(tl.int64) * u_t
-                value = tl.load(u + at, seen, other=0.0).to(tl.float32)
+                values = values + (tl.load(u + t.to(tl.int64) * u_t, seen, other=0.0),)
+        for j in tl.static_range(RUN):
+            grad = grads[j].to(tl.float32)
+            if SILU:
+                t = first + j
+                value = values[j].to(tl.float32)
                 gate = 1 / (1 + tl.exp(-value))
                 grad = (grad * gate * (1 + value * (1 - gate))).to(du.dtype.element_ty)
-                tl.store(du + at, grad, seen)
+                tl.store(du + t.to(tl.int64) * u_t, grad, there & (t < left))
                 grad = grad.to(tl.float32)
             acc_bias += grad
             news = ()
