@@ -11,7 +11,8 @@ Tensor cores would need the image of one channel as a matrix, so a change of lay
 (14 to 128) that costs what these multiplications cost.
 """
 
-# ruff: noqa: RUF005  # Triton joins tuples; it has no starred ones.
+# ruff: noqa: RUF005  # Triton joins tuples, which grow so; it has no starred ones.
+# mypy: disable-error-code="assignment"
 import triton
 import triton.language as tl
 
