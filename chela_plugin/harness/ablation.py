@@ -69,7 +69,8 @@ def run_ablations(
         display = stack.enter_context(progress_for(console, len(grid)))
         if results.torn:
             display.line("the last line of results.jsonl was half written; that run is done again")
-        pending = [cell for cell in grid if not is_settled(cell, results.records)]
+        choosing = {name: len(ablation.learning_rates) > 1 for name, ablation in ablations.items()}
+        pending = [c for c in grid if not is_settled(c, results.records, choosing=choosing[c.ablation])]
         display.skip(len(grid) - len(pending))
         _tell_of_other_code(results.records, display)
         events = _Events(results, display, ablations, pending)
@@ -157,8 +158,11 @@ class _Events:
         self.display.finish(str(cell), outcome)
 
     def readings(self) -> list[Reading]:
-        """What has become ready to be read since the last call: all runs of a mixer on a task have ended."""
-        open_groups = {cell.group for cell in self.left}
+        """What has become ready to be read since the last call: its mixer's learning rate on its task is chosen.
+
+        It is once all runs of the mixer on the task have ended, and from the start where there is one rate only.
+        """
+        open_groups = {cell.group for cell in self.left if len(self.ablations[cell.ablation].learning_rates) > 1}
         found = [
             run
             for run in _to_test(self.ablations, self.results.records)

@@ -76,11 +76,11 @@ def tested(records: Iterable[Record]) -> set[tuple[str, str, str]]:
     return {(r["ablation"], r["task"], r["mixer"]) for r in records if r["record"] == "test"}
 
 
-def is_settled(cell: Cell, records: Iterable[Record]) -> bool:
+def is_settled(cell: Cell, records: Iterable[Record], *, choosing: bool) -> bool:
     """Whether a cell is never run again: it ended, or the test split has been read for its mixer.
 
-    A failure (a package that was missing, memory that ran out) may mend, so it is tried again, but not after the test
-    split was read: what is known from it must not choose a learning rate.
+    A failure (a package that was missing, memory that ran out) may mend, so it is tried again. Where a learning rate is
+    chosen (`choosing`), not after the test split was read: what is known from it must not choose.
     """
     ended = {r["cell"] for r in latest_runs(records) if r["status"] in ("finished", "diverged")}
-    return cell.id in ended or cell.group in tested(records)
+    return cell.id in ended or (choosing and cell.group in tested(records))

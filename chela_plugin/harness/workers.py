@@ -160,7 +160,7 @@ def run_in_processes(
 ) -> None:
     """Cells or readings on `workers` processes. Raises Interrupted once all have saved, or a worker's fatal error.
 
-    then: what more there is to do whenever something is done; processes without work wait for it.
+    then: what is to be done next whenever something is done; processes without work wait for it.
     """
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in a broken state
     queue = deque(pending)
@@ -204,7 +204,7 @@ def run_in_processes(
                 except (EOFError, ConnectionResetError):
                     _lost(worker, cell, events)
                     crew.remove(worker)
-                    queue.extend(then())
+                    queue.extendleft(then())
                     if queue and not stop.asked:
                         hire(worker.slot)
                     give()
@@ -214,7 +214,7 @@ def run_in_processes(
                     events.step(cell, *content)
                 elif kind == "done":
                     events.done(cell, *content)
-                    queue.extend(then())
+                    queue.extendleft(then())
                     if gpus and content[0].get("status") == "failed":
                         # After an error on the device, or in a capture, everything else fails in this process.
                         worker.pipe.close()

@@ -12,6 +12,7 @@ import pytest
 
 from chela_plugin.harness import ablation, grid, workers
 from chela_plugin.harness.config import load_ablation
+from chela_plugin.harness.results import open_for_reading
 
 
 class Thread(threading.Thread):
@@ -51,6 +52,17 @@ def crew(monkeypatch):
     return made
 
 
+def answer(task):
+    """A run's record, better at the learning rate 0.1; or a test's."""
+    if isinstance(task, workers.Reading):
+        keys = ("ablation", "task", "mixer", "seed", "learning_rate", "cell")
+        read = {"record": "test", "metric": "accuracy", "test": 0.5, "test_loss": 1.0}
+        return read | {key: task.run[key] for key in keys}
+    record = {"record": "run", "status": "finished", **vars(task), "cell": task.id, "validation_loss": 1.0}
+    best = task.learning_rate == 0.1
+    return record | {"metric": "accuracy", "validation": 0.9 if best else 0.1, "tokens_per_second": None}
+
+
 class Events:
     def __init__(self):
         self.records = []
@@ -78,15 +90,6 @@ def test_the_test_split_of_a_mixer_is_read_once_all_its_runs_have_ended(tiny, tm
     path = tiny(seeds=[0, 1], learning_rates=[0.01, 0.1], mixers=["identity", "attention"])
     name, config = load_ablation(path)
 
-    def answer(task):
-        if isinstance(task, workers.Reading):
-            run = task.run
-            keys = ("ablation", "task", "mixer", "seed", "learning_rate", "cell")
-            return {"record": "test", "metric": "accuracy", "test": 0.5, "test_loss": 1.0} | {k: run[k] for k in keys}
-        record = {"record": "run", "status": "finished", **vars(task), "cell": task.id, "validation_loss": 1.0}
-        best = task.learning_rate == 0.1
-        return record | {"metric": "accuracy", "validation": 0.9 if best else 0.1, "tokens_per_second": None}
-
     crew.answer = answer
     assert ablation.run_ablations({name: config}, tmp_path / "out", quiet, 2) is None
     order = [task for _, task in crew.seen]
@@ -98,3 +101,17 @@ def test_the_test_split_of_a_mixer_is_read_once_all_its_runs_have_ended(tiny, tm
         if isinstance(task, workers.Reading):
             later = [t for t in order[i:] if not isinstance(t, workers.Reading)]
             assert not any(cell.mixer == task.run["mixer"] for cell in later)
+
+
+def test_with_one_learning_rate_nothing_is_left_to_choose_and_a_run_is_read_at_once(tiny, tmp_path, crew, quiet):
+    name, config = load_ablation(tiny(seeds=[0, 1, 2], mixers=["identity"], baseline="identity"))
+    crew.answer = answer
+    assert ablation.run_ablations({name: config}, tmp_path / "out", quiet, 2) is None
+    kinds = [isinstance(task, workers.Reading) for _, task in crew.seen]
+    assert kinds.count(True) == 3
+    assert kinds.index(True) < len(kinds) - 3  # while other seeds were still to run
+    records = [r | {"data": {}} for r in open_for_reading(tmp_path / "out")[1]]
+    cells = grid.cells(name, config)
+    missing = [r for r in records if r["cell"] != cells[2].id]
+    assert [grid.is_settled(cell, missing, choosing=False) for cell in cells] == [True, True, False]
+    assert all(grid.is_settled(cell, missing, choosing=True) for cell in cells)
