@@ -230,7 +230,7 @@ def main() -> None:
     record: dict[str, object] = conditions(args.revision)
     record |= {"bandwidth": BANDWIDTH, "rounds": args.rounds, "results": []}
     rows: list[dict[str, object]] = []
-    for part, cases in ((measure_modal, MODAL_CASES), (measure, CASES)):
+    for part, cases in ((measure, CASES), (measure_modal, MODAL_CASES)):
         for case in cases[: args.cases]:
             for row in part(*case, args.rounds):
                 print(json.dumps(row), flush=True)
