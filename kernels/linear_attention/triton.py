@@ -169,8 +169,8 @@ def _add(S, b, c, weight, shrink, DECAY: tl.constexpr, PRECISION: tl.constexpr):
 def _read(a, S, PRECISION: tl.constexpr):
     """a S with fp32 accumulation. A state may pass fp16's 65504, so there it is read as a share of its largest element.
 
-    (Not in tf32: with a in registers for that, ptxas 12.8 ran out of uniform registers and read a wrong address in
-    shared memory at K = 40, V = 24, found by compute-sanitizer on an H100.)
+    (Not in tf32: for the code with a in registers that this takes, ptxas 12.8 kept a descriptor of shared memory in
+    uniform registers that a copy's coordinates overwrite: K = 40, V = 24, static decay, found by compute-sanitizer.)
     """
     if a.dtype == tl.float16:
         largest = tl.max(tl.max(tl.abs(S), 1), 0)
