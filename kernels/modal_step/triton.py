@@ -27,11 +27,10 @@ def step(
     past = history + row * (TAPS - 1) * channels + d
     # From the oldest input on: the place that an input moves to held the one before it, which has been read.
     for i in tl.static_range(TAPS):
-        lag: tl.constexpr = TAPS - 1 - i
         value = now
-        if lag > 0:
+        if i < TAPS - 1:
             value = tl.load(past + i * channels, mask=there, other=0.0)
-        tap = tl.load(short + d * TAPS + lag, mask=there, other=0.0).to(tl.float32)
+        tap = tl.load(short + d * TAPS + (TAPS - 1 - i), mask=there, other=0.0).to(tl.float32)
         total += tap * value.to(tl.float32)
         if i > 0:
             tl.store(past + (i - 1) * channels, value, mask=there)
