@@ -412,9 +412,8 @@ def main() -> None:
             started = [pool.submit(rows, i, dtype, device, time) for i in range(len(CASES)) for dtype in DTYPES]
             for future in started:
                 record["results"] += future.result()
+                record["worse"] = worse(record["results"])
                 write()
-        record["worse"] = worse(record["results"])
-        write()
         print(table(record["results"]))
         print("\n".join(["worse than a peer:", *record["worse"]]))
 
