@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -44,9 +45,10 @@ def this_file_under_the_interpreter(request: pytest.FixtureRequest) -> Callable[
     """Runs the test's file once more in a process with TRITON_INTERPRET=1; Triton decides at its first import."""
 
     def run() -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
         environment.pop("CHELA_BACKEND", None)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(request.path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-p", "interpreted_memory", str(request.path)]
         timeout = INTERPRETED_SECONDS[settings.get_current_profile_name()]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
