@@ -53,6 +53,8 @@ def wheel(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--outdir", str(folder / "dist"), ".")
     built = next((folder / "dist").glob("*.whl"))
     session.install(*TOOLS, f"chela-plugin[lm,harness,deploy] @ {built.as_uri()}")
+    # In an environment that is used again (nox -r), pip takes a wheel of the same version for the one it has.
+    session.install("--no-deps", "--force-reinstall", str(built))
     away = folder / "away"
     shutil.rmtree(away, ignore_errors=True)
     away.mkdir()
