@@ -63,18 +63,18 @@ def passes(time: int, width: int, decay: str) -> dict[str, Callable[[], object]]
     kept: dict[tuple, tuple] = {}  # what a forward pass keeps depends on the cut alone
 
     def forward() -> object:
-        launch._forward_blocks.cache_clear()  # it remembers what the table said
+        launch.forget_blocks()  # it remembers what the table said
         return launch.causal_forward(q, k, v, d, None, None, scale, False, False)
 
     def backward() -> object:
-        launch._forward_blocks.cache_clear()
+        launch.forget_blocks()
         cut = (tuple(target), chosen.get(("forward", width, decay)))
         if cut not in kept:
             kept[cut] = saving()
         return launch.causal_backward(q, k, v, d, None, None, *kept[cut], do, None, scale)
 
     def saving() -> tuple:
-        launch._forward_blocks.cache_clear()
+        launch.forget_blocks()
         return launch.causal_forward(q, k, v, d, None, None, scale, d is None, True)[1:]
 
     return {"forward": forward, "backward": backward, "saving": saving}

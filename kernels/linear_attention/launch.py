@@ -6,6 +6,7 @@ Nothing here looks at a tensor's values or waits for the device, so every launch
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,14 +114,18 @@ def _forward_blocks(
     return blocks, columns, segment_size(rows, heads, time, _blocks(V, columns), target)
 
 
+def addressable(stride: tuple[int, ...], element_size: int) -> bool:
+    b, t, h, w = stride
+    row = 16 // element_size
+    return w == 1 and t > 0 and t % row == 0 and h % row == 0 and b % row == 0
+
+
 def tiled(x: Tensor) -> Tensor:
     """`x` if a tensor descriptor can address it as it lies, else a copy that it can.
 
     The last dim must be dense, and the address and every other stride multiples of 16 bytes.
     """
-    width = 16 // x.element_size()
-    b, t, h, w = x.stride()
-    if w == 1 and t > 0 and t % width == 0 and h % width == 0 and b % width == 0 and x.data_ptr() % 16 == 0:
+    if addressable(x.stride(), x.element_size()) and x.data_ptr() % 16 == 0:
         return x
     return x.clone() if x.is_contiguous() else x.contiguous()
 
@@ -159,6 +164,42 @@ def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Deca
     return Decay(PER_TOKEN, log_decay, g, stride)
 
 
+@functools.lru_cache(1024)
+def _one_level(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    V: int,
+    q_stride: tuple[int, ...],
+    k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...],
+    kind: int,
+    decay_dtype: torch.dtype | None,
+    carry: bool,
+    ends: bool,
+    scale: float,
+    product: str,
+) -> Callable[[Sequence[Tensor]], None] | None:
+    """The launch of a forward pass over whole sequences, or None where they are cut or lie in memory as a tensor
+    descriptor can't address them. Remembered: to find all this again is most of the host's time in a small call."""
+    batch, time, heads, K = shape
+    blocks, columns, size = _forward_blocks(batch, time, heads, K, V, dtype.itemsize, kind)
+    if size < time or not all(addressable(stride, dtype.itemsize) for stride in (q_stride, k_stride, v_stride)):
+        return None
+    return forward_walk.prepared(
+        (batch * heads * _blocks(V, columns),),
+        (0, scale, time, heads, time, 1, *q_stride[:3], *k_stride[:3], *v_stride[:3]),
+        K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=kind, CARRY=carry, END=ends, VARLEN=False,
+        TABLE=False, PRECISION=product, STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
+    )  # fmt: skip
+
+
+def forget_blocks() -> None:
+    """For whoever changes the table or the cut: what was found by them is looked up again."""
+    _forward_blocks.cache_clear()
+    _one_level.cache_clear()
+
+
 def causal_forward(
     q: Tensor,
     k: Tensor,
@@ -171,11 +212,26 @@ def causal_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(o, final state or None, states at the segments' bounds for the backward pass or None)`."""
+    kind = kind_of(log_decay)
+    if cu_seqlens is None and kind != PER_TOKEN and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        run = _one_level(
+            q.device, q.dtype, q.shape, v.shape[3], q.stride(), k.stride(), v.stride(), kind,
+            None if log_decay is None else log_decay.dtype, initial_state is not None, want_state, scale,
+            precision(q.dtype),
+        )  # fmt: skip
+        if run is not None:
+            o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+            final = _states(q, q.shape[0], q.shape[2], q.shape[3], v.shape[3]) if want_state else None
+            decays = q if log_decay is None else log_decay.contiguous()
+            first = q if initial_state is None else initial_state.contiguous()
+            if not (decays.data_ptr() | first.data_ptr()) & 15:
+                run((q, k, v, o, decays, q, first, _or(final, q), q))
+                return o, final, None
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks, columns, size = _forward_blocks(rows, time, heads, K, V, q.element_size(), kind_of(log_decay))
+    blocks, columns, size = _forward_blocks(rows, time, heads, K, V, q.element_size(), kind)
     plan = cut(q, cu_seqlens, size)
     decay = decay_of(log_decay, q, plan, blocks.chunk)
     initial_state = None if initial_state is None else initial_state.contiguous()

@@ -85,3 +85,16 @@ def test_the_table_stays_small(kernel):
     for T in range(1, 30):
         launch(launcher, T=T)
     assert len(launcher.compiled) <= 8
+
+
+def test_a_prepared_launch_goes_to_the_form_that_its_first_one_found(kernel):
+    launcher = Launcher(kernel)
+    prepared = launcher.prepared((7,), (64, 0.5), BLOCK=16, DECAY=0, num_warps=4)
+    for x in (tensor(512), tensor(2048), tensor(4096)):
+        prepared((x, tensor(1024)))
+    assert len(kernel.by_triton) == 1
+    assert [arguments for _, _, arguments in kernel.by_form] == [(x, 1024, 64, 0.5, 0, 16) for x in (2048, 4096)]
+    on_cpu = launcher.prepared((7,), (64, 0.5), BLOCK=16, DECAY=0, num_warps=4)
+    for _ in range(2):
+        on_cpu((tensor(cuda=False), tensor(cuda=False)))
+    assert len(kernel.by_triton) == 3

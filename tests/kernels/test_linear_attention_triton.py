@@ -39,10 +39,10 @@ def segments(monkeypatch):
     def cut(size):
         for name in ("segment_size", "bidirectional_segment_size"):
             monkeypatch.setattr(launch, name, lambda *_: size)
-        launch._forward_blocks.cache_clear()
+        launch.forget_blocks()
 
     yield cut
-    launch._forward_blocks.cache_clear()
+    launch.forget_blocks()
 
 
 def case(batch, time, heads, K, V, decay, rows, dtype, seed=0):
