@@ -221,13 +221,14 @@ def test_wrong_cu_seqlens_are_an_error_and_right_ones_are_read_once():
         linear_attention(**inputs, cu_seqlens=cuts)
 
 
-def test_launches_go_by_what_they_are_compiled_for():
-    """Lengths, strides and alignment in turn: each finds its own compiled form."""
-    for time, offset in ((300, 0), (256, 0), (300, 1), (257, 8), (256, 8), (300, 0)):
-        inputs, _, _ = case(1, time, 4, 64, 64, "token")
-        inputs["log_decay"] = torch.cat([inputs["log_decay"].flatten()[:offset], inputs["log_decay"].flatten()])[
-            offset:
-        ].view(1, time, 4)
+@pytest.mark.parametrize("decay", [None, "static", "token"])
+def test_launches_go_by_what_they_are_compiled_for(decay):
+    """Lengths, strides and alignment in turn: each finds its own compiled form, and finds it again."""
+    for time, offset in ((300, 0), (256, 0), (300, 1), (257, 8), (256, 8), (300, 0), (256, 0)):
+        inputs, _, _ = case(1, time, 4, 64, 64, decay, seed=time + offset)
+        for name, x in inputs.items():
+            if name != "initial_state":  # the same numbers, `offset` elements further on in memory
+                inputs[name] = torch.cat([x.flatten()[:offset], x.flatten()])[offset:].view(x.shape)
         o = linear_attention(**inputs)[0]
         wanted = linear_attention(**{name: x.double() for name, x in inputs.items()})[0]
         assert_close({"o": o}, {"o": wanted}, torch.bfloat16)
