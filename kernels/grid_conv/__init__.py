@@ -1,7 +1,7 @@
 """Depthwise convolution of images whose channels stand innermost: k x k taps plus a row and a column kernel.
 
-`reference.py` is the definition, `triton.py` and `triton_norm.py` are the kernels, `launch.py` launches them, `ops.py`
-is what torch sees of them.
+`reference.py` is the definition, `triton.py`, `triton_norm.py` and `triton_planes.py` are the kernels, `launch.py`
+launches them, `ops.py` is what torch sees of them.
 """
 
 from __future__ import annotations

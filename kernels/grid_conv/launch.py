@@ -11,11 +11,13 @@ from torch import Tensor
 
 from . import triton as kernels
 from . import triton_norm as norms
+from . import triton_planes as products
 
 CHANNELS = 64  # of a program: one warp, two a lane, so that bf16 comes in whole lines of 128 bytes
 ROWS = 2  # of outputs a program makes; with 8 columns, 32 sums a thread
 COLUMNS = (8, 7, 4)  # of outputs; what wastes least of the grid is taken, the widest of equals
 PROGRAMS = 2112  # of a gradient of taps: 16 warps on each of an H100's 132 processors
+PLANES_FROM, PLANES_TO = 48, 128  # grids whose row and column kernels run as products of matrices, in 16 bits
 Pair = tuple[int, int]
 
 
@@ -71,6 +73,45 @@ def convolve(
     )  # fmt: skip
 
 
+def uses_planes(x: Tensor) -> bool:
+    """Whether the cross runs as products of matrices (`triton_planes.py`)."""
+    return PLANES_FROM <= max(x.shape[1:3]) <= PLANES_TO and x.element_size() == 2
+
+
+def crossed(
+    x: Tensor, cross: Tensor, scale: Tensor | None, *, transposed: bool = False, sums: Tensor | None = None
+) -> Tensor:
+    """The row and the column kernel of x, as planes `[D, B h w]`."""
+    batch, h, w, dim = x.shape
+    rows = batch * h * w
+    planes = torch.empty(2, dim, rows, dtype=x.dtype, device=x.device)
+    products.to_planes[(triton.cdiv(rows, 64), triton.cdiv(dim, 64))](x, planes[0], rows, dim, BT=64, BD=64)
+    high, wide = (max(16, triton.next_power_of_2(n)) for n in (h, w))
+    products.cross_planes[(batch, dim)](
+        planes[0], cross.contiguous(), cross if scale is None else scale, planes[1], planes if sums is None else sums,
+        h, w, dim, batch, cross.shape[1], dim // cross.shape[1], cross.shape[2], SCALED=scale is not None,
+        TRANSPOSED=transposed, STATISTICS=sums is not None, BH=high, BW=wide, num_warps=8 if high * wide >= 4096 else 4,
+    )  # fmt: skip
+    return planes[1]
+
+
+def from_planes(
+    planes: Tensor,
+    y: Tensor,
+    partial: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    u: Tensor | None = None,
+) -> None:
+    """Writes y `[B, h, w, D]`."""
+    dim, rows = planes.shape
+    products.from_planes[(triton.cdiv(rows, 64), triton.cdiv(dim, 64))](
+        planes, y if partial is None else partial, planes if bias is None else bias, y, y if u is None else u, rows,
+        dim, PARTIAL=partial is not None, BIAS=bias is not None, SILU=silu, SAVE=u is not None, BT=64, BD=64,
+    )  # fmt: skip
+
+
 def widths_of(*shorts: Tensor | None) -> tuple[int, ...]:
     return tuple(short.shape[-1] for short in shorts if short is not None)
 
@@ -85,8 +126,15 @@ def forward(
     u: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty_like(x)
-    taps = laid_out(short, cross, scale, (x.shape[1], x.shape[2]), x.shape[3])
-    convolve(x, taps, widths_of(short), cross is not None, y, bias=bias, silu=silu, u=u)
+    grid, dim = (x.shape[1], x.shape[2]), x.shape[3]
+    if cross is None or not uses_planes(x):
+        taps = laid_out(short, cross, scale, grid, dim)
+        convolve(x, taps, widths_of(short), cross is not None, y, bias=bias, silu=silu, u=u)
+        return y
+    partial = None if short is None else torch.empty_like(x)
+    if partial is not None:
+        convolve(x, laid_out(short, None, None, grid, dim), widths_of(short), False, partial)
+    from_planes(crossed(x, cross, scale), y, partial, bias=bias, silu=silu, u=u)
     return y
 
 
@@ -102,14 +150,32 @@ def backward(
     """Gradients of x, short, cross and scale; dy is that of the sum before SiLU."""
     dx = dshort = dcross = dscale = None
     if want_x:
-        dx = torch.empty_like(x)
-        taps = laid_out(short, cross, scale, (x.shape[1], x.shape[2]), x.shape[3])
-        convolve(dy, taps, widths_of(short), cross is not None, dx, transposed=True)
+        dx = gradient_of_x(dy[None], [] if short is None else [short], cross, scale)
     if want_taps and short is not None:
         dshort = short_gradient(x, dy, short)
     if want_taps and cross is not None:
         dcross, dscale = cross_gradient(x, dy, cross, scale)
     return dx, dshort, dcross, dscale
+
+
+def gradient_of_x(dy: Tensor, shorts: list[Tensor], cross: Tensor | None, scale: Tensor | None) -> Tensor:
+    """From dy `[branches, B, h, w, D]`, or `[1, ...]` where all branches have the same: the short ones', the cross'."""
+    dx = torch.empty_like(dy[0])
+    grid, dim = (dx.shape[1], dx.shape[2]), dx.shape[3]
+    stride = dx.numel() if len(dy) > 1 else 0
+    planes = cross is not None and uses_planes(dx)
+    taps = [laid_out(short, None, None, grid, dim) for short in shorts]
+    if cross is not None and not planes:
+        taps.append(laid_out(None, cross, scale, grid, dim))
+    partial = torch.empty_like(dx) if planes and shorts else dx
+    if taps:
+        joined = torch.cat(taps) if len(taps) > 1 else taps[0]
+        with_cross = cross is not None and not planes
+        convolve(dy, joined, widths_of(*shorts), with_cross, partial, transposed=True, branch_stride=stride)
+    if planes:
+        assert cross is not None
+        from_planes(crossed(dy[-1], cross, scale, transposed=True), dx, partial if shorts else None)
+    return dx
 
 
 def sliced(lines: int, others: int) -> Pair:
@@ -197,20 +263,24 @@ def forward_norm(
     batch, h, w, dim = x.shape
     branches = len(shorts) + (cross is not None)
     columns, down, across = tiles_of(x)
-    programs = batch * down * across
     y = torch.empty(branches, *x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(branches, programs, 2, dim, dtype=torch.float32, device=x.device)
     state = torch.empty(4, branches, dim, dtype=torch.float32, device=x.device)
     torch.stack(biases, out=state[3]) if biases[0].dtype == torch.float32 else state[3].copy_(torch.stack(biases))
     for i in range(branches):
         short, long = (shorts[i], None) if i < len(shorts) else (None, cross)
-        taps = laid_out(short, long, None, (h, w), dim)
-        convolve(x, taps, widths_of(short), long is not None, y[i], sums=sums[i])
+        if long is not None and uses_planes(x):
+            tiles = (1, 1, h, w)  # down and across, and the size of each
+            sums = torch.empty(batch, 2, dim, dtype=torch.float32, device=x.device)
+            from_planes(crossed(x, long, None, sums=sums), y[i])
+        else:
+            tiles = (down, across, ROWS, columns)
+            sums = torch.empty(batch * down * across, 2, dim, dtype=torch.float32, device=x.device)
+            taps = laid_out(short, long, None, (h, w), dim)
+            convolve(x, taps, widths_of(short), long is not None, y[i], sums=sums)
         means = running[i] if running else (sums, sums)
         norms.statistics[(triton.cdiv(dim, 32),)](
-            sums[i], weights[i], *means, state[0, i], state[1, i], state[2, i], programs, down, across, h, w,
-            float(batch * h * w), dim, eps, momentum, R=ROWS, W=columns, TRACK=running is not None, BP=64, BC=32,
-            num_warps=8,
+            sums, weights[i], *means, state[0, i], state[1, i], state[2, i], len(sums), *tiles, h, w,
+            float(batch * h * w), dim, eps, momentum, TRACK=running is not None, BP=64, BC=32, num_warps=8,
         )  # fmt: skip
     z = torch.empty_like(x)
     rows = batch * h * w
@@ -239,11 +309,7 @@ def backward_norm(
     norms.gradient[(triton.cdiv(rows, 8), blocks)](
         *tensors, sums, dy, rows, rows * dim, dim, N=branches, SILU=silu, BR=8, BC=128, num_warps=4
     )
-    taps = [laid_out(short, None, None, (h, w), dim) for short in shorts]
-    if cross is not None:
-        taps.append(laid_out(None, cross, None, (h, w), dim))
-    dx = torch.empty_like(x)
-    convolve(dy, torch.cat(taps), widths_of(*shorts), cross is not None, dx, transposed=True, branch_stride=rows * dim)
+    dx = gradient_of_x(dy, shorts, cross, None)
     dshorts = [short_gradient(x, dy[i], short) for i, short in enumerate(shorts)]
     dcross = None if cross is None else cross_gradient(x, dy[-1], cross, None)[0]
     return dx, dshorts, dcross, sums

@@ -7,8 +7,8 @@ that every load and store is one full line and no layout changes. All else is in
 outputs, one vector over channels each, and every x that it loads meets as many taps as it can there (a tuple of
 vectors stands for an array in registers). Taps come as `[taps, D]` in fp32, all sums run in fp32 in a fixed order.
 
-Tensor cores would need the image of one channel as a matrix, so a change of layout both ways; at the grids of images
-(14 to 128) that costs what these multiplications cost.
+Tensor cores need the image of one channel as a matrix, so a change of layout both ways: `triton_planes.py`, for large
+grids.
 """
 
 # ruff: noqa: RUF005  # Triton joins tuples, which grow so; it has no starred ones.

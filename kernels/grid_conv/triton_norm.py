@@ -19,16 +19,15 @@ from .triton import _slope
 
 
 @triton.jit
-def _outputs(program, tile_rows, tile_columns, h, w, R: tl.constexpr, W: tl.constexpr):
+def _outputs(program, tile_rows, tile_columns, R, W, h, w):
     """How many places a program of `convolve` made."""
     rows = tl.minimum(h - program // tile_columns % tile_rows * R, R)
     return (rows * tl.minimum(w - program % tile_columns * W, W)).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["programs", "tile_rows", "tile_columns"])
-def statistics(sums, weight, running_mean, running_var, mean, rstd, scale, programs, tile_rows, tile_columns, h, w,
-               places, D, eps, momentum, R: tl.constexpr, W: tl.constexpr, TRACK: tl.constexpr, BP: tl.constexpr,
-               BC: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["programs", "tile_rows", "tile_columns", "R", "W"])
+def statistics(sums, weight, running_mean, running_var, mean, rstd, scale, programs, tile_rows, tile_columns, R, W,
+               h, w, places, D, eps, momentum, TRACK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Of one branch, from the partial sums that `convolve` left: mean, rstd and scale a, each `[D]`, and the running
     statistics (variance unbiased, as torch keeps it)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -44,7 +43,7 @@ def statistics(sums, weight, running_mean, running_var, mean, rstd, scale, progr
         p = first + tl.arange(0, BP)
         live = (p < programs)[:, None] & there[None, :]
         at = sums + p.to(tl.int64)[:, None] * 2 * D + c[None, :]
-        count = _outputs(p, tile_rows, tile_columns, h, w, R, W)[:, None]
+        count = _outputs(p, tile_rows, tile_columns, R, W, h, w)[:, None]
         away = tl.load(at, mask=live, other=0.0) / count - average[None, :]
         spread += tl.load(at + D, mask=live, other=0.0) + tl.where(live, count * away * away, 0.0)
     spread = tl.sum(spread, 0)

@@ -162,3 +162,31 @@ def test_shapes_that_do_not_fit_are_one_clear_error(change, message):
     given = {name: None if shape is None else torch.zeros(shape) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         grid_conv(given["x"], given["short"], given["cross"], bias=given["bias"])
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton runs on a GPU, or interpreted")
+@pytest.mark.parametrize(
+    "grid", [(5, 3), pytest.param((64, 50), marks=pytest.mark.skipif(DEVICE == "cpu", reason="slow"))]
+)
+def test_products_of_matrices_on_large_grids_equal_the_plain_form(grid, monkeypatch):
+    """In the result, x's gradient, and the statistics of a branch; fp16's 11 bits, at most three roundings."""
+    from chela_plugin.kernels.grid_conv import launch
+
+    monkeypatch.setattr(launch, "PLANES_FROM", 1)
+    x, short, cross, scale, bias = arguments(*grid)
+    x = x.detach().half().requires_grad_()
+    y = grid_conv(x, short, cross, scale=scale, bias=bias, silu=True)
+    twins = wide([x, short, cross, scale, bias])
+    expected = reference.grid_conv(*twins, True)
+    fp16 = {"rtol": 2e-3, "atol": 2e-3 * expected.abs().max().item()}
+    torch.testing.assert_close(y.double(), expected, **fp16)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
+    dx = torch.autograd.grad(expected, twins[0], dy.double())[0]
+    fp16["atol"] = 2e-3 * dx.abs().max().item()
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0].double(), dx, **fp16)
+    mean, var = torch.zeros(6, device=DEVICE), torch.zeros(6, device=DEVICE)
+    one = torch.ones(6, device=DEVICE)
+    grid_conv_norm(x, [], cross, [one], [0 * one], running=[(mean, var)], momentum=1.0)
+    branch = reference.grid_conv(twins[0], None, twins[2], None, None, False).detach().flatten(0, 2)
+    torch.testing.assert_close(mean.double(), branch.mean(0), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(var.double(), branch.var(0), rtol=2e-3, atol=2e-3)
