@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ CHARTS = {
         ),
     ),
 }
+
+# Records of `chela bench`, drawn as its `plot` does. file name: (title, function of benchmarks/tables.py)
+SUITES = {
+    "layers_h100": ("Whole layers, width 1,024, 32,768 tokens, forward + backward, ms", "layers"),
+    "vision_h100": ("Vision backbones, images a second", "vision"),
+    "lm_h100": ("Language models of 340 million parameters, tokens a second", "language_models"),
+}
+
+
+def measured() -> list[str]:
+    """Those of SUITES whose file there is."""
+    return [name for name in SUITES if (RESULTS / f"{name}.json").exists()]
 
 
 def tables() -> Any:
@@ -72,6 +85,12 @@ def on_files(files: Files, *, config: Any) -> Files:
         rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
         points = [point for point in map(read, rows) if point is not None]
         files.append(File.generated(config, f"{name}.png", content=chart(title, points)))
+    from chela_plugin.bench.plot import draw
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in measured():
+            drawn = draw(RESULTS / f"{name}.json", Path(folder) / f"{name}.png")
+            files.append(File.generated(config, f"{name}.png", content=drawn.read_bytes()))
     return files
 
 
@@ -81,10 +100,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     if PLACE not in markdown:
         raise ValueError(f"benchmarks.md has lost the line {PLACE}")
     script, parts = tables(), []
-    for name, (title, _) in CHARTS.items():
+    drawn = {name: (title, name.removesuffix("_h100")) for name, (title, _) in CHARTS.items()}
+    for name, (title, function) in (drawn | {name: SUITES[name] for name in measured()}).items():
         about = json.loads((RESULTS / f"{name}.json").read_text())
         versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-        parts += [f"## {title}", getattr(script, name.removesuffix("_h100"))(), f"![{title}]({name}.png)"]
+        parts += [f"## {title}", getattr(script, function)(), f"![{title}]({name}.png)"]
         parts += [f"{about['device']}; {versions}; revision {about['revision']}; `benchmarks/results/{name}.json`."]
     for report in sorted(RESULTS.glob("*/report.md")):
         text = report.read_text()
