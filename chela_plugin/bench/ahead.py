@@ -1,7 +1,7 @@
 """Compiles kernels in several processes before a suite runs, so that Triton's cache has them when a contender starts.
 
 Most of the time that a peer's first call takes is compiling the 100 and more configurations that its search compares.
-Here each process searches through its share of them; the suite's own search then only has to time them.
+Here each process compiles its share of them; the suite's own search then only has to time them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from chela_plugin.bench.cases import selected
+from chela_plugin.bench.graphs import Captured
 
 
 def compile_ahead(suite: str, filters: list[str], processes: int, budget_s: float) -> dict[str, Any]:
@@ -56,10 +57,11 @@ def _compile(task: tuple[str, int, str, int, int]) -> None:
     try:
         if shares > 1:
             _import_peers()
-            _keep_share(share, shares)
+            _only_compile(share, shares)
         work = case.contenders[name]()
         for run in reversed(work.runs.values()):  # forward with backward first: it compiles most
-            run()
+            if not isinstance(run, Captured):
+                run()
         torch.cuda.synchronize()
     except Exception as error:  # the suite itself will say so
         print(f"compiling ahead, {name}: {type(error).__name__}: {str(error)[:120]}", file=sys.stderr)
@@ -74,18 +76,25 @@ def _import_peers() -> None:
     peers.fla("layers")
 
 
-def _keep_share(share: int, shares: int) -> None:
-    """Leave every `shares`-th configuration, from `share` on, to each search of the peers' kernels."""
+def _only_compile(share: int, shares: int) -> None:
+    """Every search of this process compiles each `shares`-th configuration, from `share` on, and times nothing.
+
+    What is chosen then only has to run, so that the contender gets to its next kernel: one of the share's, or where
+    none of them fits the device, a later one, for configurations are mostly listed from large blocks to small ones.
+    """
     from triton.runtime import Autotuner
 
-    seen: set[int] = set()
-    for module_name, module in list(sys.modules.items()):
-        if not module_name.startswith(("fla.", "mamba_ssm.")) or module is None:
-            continue
-        for kernel in list(vars(module).values()):
-            depth = 0
-            while kernel is not None and not isinstance(kernel, Autotuner) and depth < 4:
-                kernel, depth = getattr(kernel, "fn", None), depth + 1
-            if isinstance(kernel, Autotuner) and id(kernel) not in seen and len(kernel.configs) > 1:
-                seen.add(id(kernel))
-                kernel.configs = kernel.configs[share::shares] or kernel.configs[:1]
+    def compiled(self: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
+        place = self.configs.index(config)
+        if place % shares != share:
+            return [2.0 - 0.001 * place] * 3
+        options = {**meta, **config.all_kwargs()}
+        try:
+            if config.pre_hook:
+                config.pre_hook({**self.nargs, **options})
+            self.fn.run(*args, **options)
+        except Exception:  # more shared memory or registers than there are
+            return [float("inf")] * 3
+        return [1.0] * 3
+
+    Autotuner._bench = compiled

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from chela_plugin.bench import record as files
 from chela_plugin.bench import timing
+from chela_plugin.bench.ahead import _only_compile
 from chela_plugin.bench.cases import Case, Unavailable, Work
 from chela_plugin.bench.graphs import Captured
 from chela_plugin.bench.plot import draw, panels_of
@@ -121,6 +122,34 @@ def test_what_can_not_be_captured_in_a_graph_is_still_timed_without_one(monkeypa
     assert [row["what"] for row in record["results"]] == ["forward"]
     assert [row["what"] for row in record["skipped"]] == ["forward_graph"]
     assert "not permitted" in record["skipped"][0]["reason"]
+
+
+def test_processes_compile_every_configuration_once_and_go_on_with_one_that_runs(monkeypatch):
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Search:
+        """What `_only_compile` needs of Triton's; configuration n takes n shared memory, of which there is 2."""
+
+        def __init__(self):
+            self.configs = [SimpleNamespace(pre_hook=None, all_kwargs=lambda n=n: {"n": n}) for n in (9, 8, 2, 3, 1)]
+            self.nargs, self.tried = {}, []
+            self.fn = SimpleNamespace(run=self.launch)
+
+        def launch(self, *, n):
+            self.tried.append(n)
+            if n > 2:
+                raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(runtime, "Autotuner", Search)
+    tried = []
+    for share in range(3):
+        _only_compile(share, 3)
+        search = Search()
+        times = [search._bench(config=config)[0] for config in search.configs]
+        chosen = search.configs[times.index(min(times))].all_kwargs()["n"]
+        assert chosen <= 2
+        tried += search.tried
+    assert sorted(tried) == [1, 2, 3, 8, 9]
 
 
 def test_a_run_that_is_cut_off_keeps_the_cases_before(tmp_path):
