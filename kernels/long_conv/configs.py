@@ -19,7 +19,7 @@ FFT_FROM = {"16 bits": (4600, 2300), "tf32": (880, 350), "ieee": (80, 60)}
 
 # Channels are transformed in slabs whose spectra take this much, so that memory does not grow with the batch: three to
 # five slabs of the size at which a transform still runs at the memory's speed.
-SLAB_BYTES = 1 << 26
+SLAB_BYTES = 1 << 25
 # The same for the Toeplitz product's copies of x, of which it holds two at a time.
 CHUNK_BYTES = 1 << 25
 
