@@ -33,10 +33,7 @@ TOKENS, REPEATS = 24, 3
 ROOM = TOKENS * (REPEATS + 2)
 BOTH = ("eager", "graph")
 CASES: list[tuple[str, list[tuple[int, int, tuple[str, ...]]]]] = [  # model, then batch, prompt and how
-    (
-        "chela",
-        [(1, 2048, BOTH), (64, 2048, BOTH), (1, 32768, ("graph",)), (64, 32768, ("graph",)), (1, 8192, BOTH[1:])],
-    ),
+    ("chela", [(1, 2048, BOTH), (64, 2048, BOTH), *((b, t, BOTH[1:]) for t in (32768, 8192) for b in (1, 64))]),
     ("fla GLAForCausalLM", [(1, 64, BOTH[:1]), (64, 64, BOTH[:1]), (1, 64, BOTH[1:]), (64, 64, BOTH[1:])]),
     ("attention", [(1, 2048, BOTH), (64, 2048, BOTH)]),
     ("chela(long=multiscale)", [(1, 2048, BOTH), (1, 32768, ("graph",))]),

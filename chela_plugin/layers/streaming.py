@@ -286,7 +286,7 @@ def chunk_ahead(conv: ShortLongConv, x: Tensor, mask: Tensor | None, cache: Cach
 
 def step_ahead(conv: ShortLongConv, x: Tensor, cache: Cache, silu: bool) -> Tensor:
     """One token, `[B, 1, D]`. While a CUDA graph is captured, the rest is left to `advance` after each replay."""
-    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    recorded = captured(x)
     if not recorded:
         look_ahead(conv, cache)
     found = constants(conv, cache["conv_inputs"].shape[1])
@@ -299,6 +299,11 @@ def step_ahead(conv: ShortLongConv, x: Tensor, cache: Cache, silu: bool) -> Tens
     if not recorded:
         advance(conv, cache)
     return y[:, None]
+
+
+def captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: launches are recorded, not made."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def look_ahead(conv: ShortLongConv, cache: Cache) -> None:

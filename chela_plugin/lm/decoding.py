@@ -32,8 +32,7 @@ class CapturedDecoding:
     """
 
     def __init__(self, model: nn.Module, cache: ChelaCache):
-        if cast(Any, model).device.type != "cuda":
-            raise ValueError(f"CUDA graphs need a CUDA device, the model is on {cast(Any, model).device}")
+        check_device(cast(Any, model).device)
         if not cache.is_initialized:
             raise ValueError("this cache is empty: read a prompt first, model(input_ids, past_key_values=cache)")
         self.model, self.cache = model, cache
@@ -86,6 +85,11 @@ class CapturedDecoding:
                         "a CUDA graph"
                     )
                 state[name] = held[name].copy_(tensor)
+
+
+def check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device, the model is on {device}")
 
 
 class CapturedCall:
