@@ -390,7 +390,7 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
         row = begin * 0
     else:
         row = (segment // per_row).to(tl.int64)
-        before = tl.where(live, segment % per_row * size, 0)  # a dead column has no token, before it none either
+        before = segment % per_row * size
         begin = before.to(tl.int64)
         left = T - before
     H: tl.constexpr = C // RUN
