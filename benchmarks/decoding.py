@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from chela_plugin.bench.lm import SIZES, gla_model, our_model
+from chela_plugin.bench.record import write
 from chela_plugin.bench.timing import conditions
 from chela_plugin.lm import ChelaCache
 from chela_plugin.lm.decoding import CapturedDecoding
@@ -125,8 +125,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--revision", help="of the code, where it stands outside its repository")
     args = parser.parse_args()
-    record: dict[str, Any] = {"benchmark": "decoding", **conditions(os.environ.get("REVISION"))}
+    record: dict[str, Any] = {"benchmark": "decoding", **conditions(args.revision)}
     record |= {"tokens": TOKENS, "repeats": REPEATS, "results": []}
     for name, cases in CASES:
         if args.models and name not in args.models:
@@ -136,7 +137,7 @@ def main() -> None:
                 record["results"].append(row)
                 print(json.dumps(row), flush=True)
                 if args.out:
-                    args.out.write_text(json.dumps(record, indent=1) + "\n")
+                    write(args.out, record)
         except Exception as error:  # one model's failure leaves the others' rows
             print(json.dumps({"model": name, "error": f"{type(error).__name__}: {error}"[:800]}), flush=True)
 
