@@ -29,7 +29,7 @@ def _toeplitz(cross, side, lag, live, groups, L):
     return tl.load(cross + row * L + tl.abs(lag), mask=live, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def cross_planes(x, cross, scale, y, sums, h, w, D, images, groups, per_group, L,
                  SCALED: tl.constexpr, TRANSPOSED: tl.constexpr, STATISTICS: tl.constexpr, BH: tl.constexpr,
                  BW: tl.constexpr):  # fmt: skip
