@@ -113,8 +113,8 @@ class Chela(Mixer):
             dim,
             causal=causal,
             short=short,
-            long=long or default_long(causal),
-            norm=norm or ("scale" if causal else "batch"),
+            long=long,
+            norm=norm,
             long_gain=long_gain,
             dims=dims,
             group_size=group_size,
@@ -294,11 +294,6 @@ class PlainChela(Chela):
         o = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(o.dtype)
         y = (o * self.head_norm.to(o.dtype)).flatten(-2)
         return y if gate is None else y * F.silu(gate)
-
-
-def default_long(causal: bool) -> str:
-    """The long kernel where none is asked for."""
-    return "modal" if causal else "multiscale"
 
 
 def feature_map(x: Tensor, phi: str) -> Tensor:

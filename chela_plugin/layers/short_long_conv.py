@@ -65,9 +65,10 @@ class ShortLongConv(nn.Module):
         dim: channels D.
         causal: one-sided kernels, or two-sided ones.
         short: taps of the short kernels; odd when not causal. With `dims=2` they are k x k.
-        long: generator of the long kernel (`long_kernel.py`), or 'none'.
+        long: generator of the long kernel (`long_kernel.py`), or 'none'; None: `modal` where causal, else `multiscale`.
         norm: `scale`, a learned scale for each channel and branch, which folds while training too and mixes nothing
-            over time; or `batch`, the paper's BatchNorm, which folds in eval mode.
+            over time; or `batch`, the paper's BatchNorm, which folds in eval mode. None: `scale` where causal, else
+            `batch`.
         long_gain: initial scale of the long branch against 1 for the short ones; a long branch that starts at full
             strength hurt small language models (README, "How close to the paper").
         dims: 1, or 2 for tokens on a grid: then the long kernel is a row kernel plus a column kernel, each as long as
@@ -85,8 +86,8 @@ class ShortLongConv(nn.Module):
         *,
         causal: bool,
         short: Sequence[int] = (3, 7),
-        long: str = "multiscale",
-        norm: str = "scale",
+        long: str | None = "multiscale",
+        norm: str | None = "scale",
         long_gain: float = 0.1,
         dims: int = 1,
         group_size: int = 16,
@@ -95,6 +96,8 @@ class ShortLongConv(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        long = long or ("modal" if causal else "multiscale")
+        norm = norm or ("scale" if causal else "batch")
         if dims not in (1, 2):
             raise ValueError(f"dims is 1 for sequences or 2 for images, got {dims}")
         if dims == 2 and causal:
@@ -283,8 +286,8 @@ class ShortLongConv(nn.Module):
     def runs_structured(self, x: Tensor) -> bool:
         """Whether all branches run as short taps and a state of the modes, at a cost a token that T does not change.
 
-        Two-sided ones do from TWO_SIDED_FROM tokens on; the rows and columns of images are short. The plain form does not
-        while it is traced: its loop over chunks would make a graph for each T.
+        Two-sided ones do from TWO_SIDED_FROM tokens on; the rows and columns of images are short. The plain form does
+        not while it is traced: its loop over chunks would make a graph for each T.
         """
         return (
             isinstance(self.long_kernel, ModalKernel)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
 from chela_plugin.layers import Cache, Mixer, ShortLongConv
-from chela_plugin.layers.chela import default_long
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.plain import on_grid, plain_conv, with_weights_of
 
@@ -57,8 +56,8 @@ class Conv(Mixer):
             inner,
             causal=causal,
             short=short,
-            long=long or default_long(causal),
-            norm=norm or ("scale" if causal else "batch"),
+            long=long,
+            norm=norm,
             long_gain=long_gain,
             dims=dims,
             max_len=max_len,
