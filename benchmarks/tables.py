@@ -20,7 +20,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def linear_attention() -> str:
     """Forward / forward + backward ms and peak MiB of both, H = 16, K = V = 128, 32,768 tokens."""
-    rows = load("linear_attention_h100")["results"]
+    rows = load("linear_attention_fla_h100")["results"]  # the latest run with fla beside it
     found = {
         (row["who"], row["variant"], row["T"], row["what"]): row
         for row in rows
