@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chela_plugin.kernels.backend import ready_for
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
+
+norm, norm_gradient = Launcher(kernels.forward), Launcher(kernels.backward)
 
 ELEMENTS = 2048  # of a block: 16 a thread of four warps
 PROGRAMS = 528  # backward: four on each of an H100's processors; each leaves one partial sum
@@ -34,8 +37,9 @@ def forward(
     statistics = torch.empty(2 if save else 0, rows, dtype=torch.float32, device=x.device)
     block, columns = blocks_of(dim)
     with ready_for(x):
-        kernels.forward[(triton.cdiv(rows, block),)](
-            x, x if branch is None else branch, weight, bias, total, y, statistics if save else y, rows, dim, eps,
+        norm(
+            (triton.cdiv(rows, block),),
+            (x, x if branch is None else branch, weight, bias, total, y, statistics if save else y), (rows, dim, eps),
             BRANCH=branch is not None, SAVE=save, BR=block, BD=columns, num_warps=4,
         )  # fmt: skip
     return total, y, statistics
@@ -71,9 +75,10 @@ class AddNorm(torch.autograd.Function):
         sums = torch.empty(programs, 2, dim, dtype=torch.float32, device=total.device)
         dy = dy.contiguous()
         with ready_for(total):
-            kernels.backward[(programs,)](
-                total, statistics, weight, dy if dtotal is None else dtotal.contiguous(), dy, dx, dbranch, sums, rows,
-                dim, TOTAL=dtotal is not None, BRANCH=both, BR=block, BD=columns, num_warps=4,
+            norm_gradient(
+                (programs,),
+                (total, statistics, weight, dy if dtotal is None else dtotal.contiguous(), dy, dx, dbranch, sums),
+                (rows, dim), TOTAL=dtotal is not None, BRANCH=both, BR=block, BD=columns, num_warps=4,
             )  # fmt: skip
         dweight, dbias = sums.sum(0)
         return dx, None if branch_dtype is None else dbranch, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None

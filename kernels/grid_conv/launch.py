@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from chela_plugin.kernels.launching import Launcher
+
 from . import triton as kernels
 from . import triton_norm as norms
 from . import triton_planes as products
@@ -19,6 +21,8 @@ COLUMNS = (8, 7, 4)  # of outputs; what wastes least of the grid is taken, the w
 PROGRAMS = 2112  # of a gradient of taps: 16 warps on each of an H100's 132 processors
 PLANES_FROM, PLANES_TO = 48, 128  # grids whose row and column kernels run as products of matrices, in 16 bits
 Pair = tuple[int, int]
+
+lay_out, tiled_convolve = Launcher(kernels.lay_out), Launcher(kernels.convolve)
 
 
 def columns_of(width: int) -> int:
@@ -40,10 +44,15 @@ def laid_out(short: Tensor | None, cross: Tensor | None, scale: Tensor | None, g
     like = cross if short is None else short
     assert like is not None
     taps = torch.empty(k * k + columns, dim, dtype=torch.float32, device=like.device)
-    kernels.lay_out[(len(taps), triton.cdiv(dim, 128))](
-        like if short is None else short.contiguous(), like if cross is None else cross.contiguous(),
-        like if scale is None else scale, taps, dim, 0, columns, 1 if cross is None else cross.shape[2],
-        1 if cross is None else cross.shape[1], 1 if cross is None else dim // cross.shape[1], h, w, K=k,
+    pointers = (
+        like if short is None else short.contiguous(),
+        like if cross is None else cross.contiguous(),
+        like if scale is None else scale,
+        taps,
+    )
+    length, groups = (1, 1) if cross is None else (cross.shape[2], cross.shape[1])
+    lay_out(
+        (len(taps), triton.cdiv(dim, 128)), pointers, (dim, 0, columns, length, groups, dim // groups, h, w), K=k,
         SCALED=scale is not None, BLOCK=128, num_warps=1,
     )  # fmt: skip
     return taps
@@ -66,10 +75,11 @@ def convolve(
     """Writes y `[B, h, w, D]`; see the kernel for the rest."""
     batch, h, w, dim = y.shape
     columns, down, across = tiles_of(y)
-    kernels.convolve[(batch * down * across, triton.cdiv(dim, CHANNELS))](
-        x, taps, taps if bias is None else bias, y, y if u is None else u, taps if sums is None else sums, h, w, dim,
-        down, across, branch_stride, WIDTHS=widths, CROSS=cross, TRANSPOSED=transposed, BIAS=bias is not None,
-        SILU=silu, SAVE=u is not None, STATISTICS=sums is not None, R=ROWS, W=columns, C=CHANNELS, num_warps=1,
+    pointers = (x, taps, taps if bias is None else bias, y, y if u is None else u, taps if sums is None else sums)
+    tiled_convolve(
+        (batch * down * across, triton.cdiv(dim, CHANNELS)), pointers, (h, w, dim, down, across, branch_stride),
+        WIDTHS=widths, CROSS=cross, TRANSPOSED=transposed, BIAS=bias is not None, SILU=silu, SAVE=u is not None,
+        STATISTICS=sums is not None, R=ROWS, W=columns, C=CHANNELS, num_warps=1,
     )  # fmt: skip
 
 
