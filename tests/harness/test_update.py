@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chela_plugin.harness import training, update
-from chela_plugin.harness.config import Training
+from chela_plugin.harness.backbones import build, loss_sum
+from chela_plugin.harness.config import LanguageBackbone, SequenceBackbone, Training, VisionBackbone
 from chela_plugin.harness.feed import forward
+from chela_plugin.harness.tasks import Examples
 from chela_plugin.harness.update import EAGER_STEPS, NotCapturable, Update, adamw, set_learning_rate
 
 RECIPE = Training(steps=2, batch_size=4, evaluate_every=2, accelerator="cpu")
@@ -79,3 +82,46 @@ def test_weights_that_a_replay_changed_count_as_changed(monkeypatch):
     made(next(batches(1)))
     assert made.replayed == 1
     assert all(p._version > v for p, v in zip(model.parameters(), before, strict=True))
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails at operations whose result the host must see: they wait for the device, and no capture can hold them."""
+
+    READ_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        assert not name.startswith(self.READ_BACK), f"{function.name()} reads back from the device"
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        *("chela", "chela(long=multiscale)", "chela(long=implicit)", "chela(long=explicit)", "chela(norm=batch)"),
+        *("attention", "linear_attention", "retnet", "gla", "mamba2", "gated_deltanet", "conv"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["language", "padded", "images"])
+def test_no_mixers_step_reads_a_number_back(mixer, kind, monkeypatch):
+    # On a GPU a decay's sign is read once for each kind of input, in the eager steps, and not in every call as here.
+    monkeypatch.setattr("chela_plugin.kernels.linear_attention._sign_is_read", lambda log_decay: False)
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 32, (2, 48))
+    if kind == "language":
+        backbone = LanguageBackbone(kind="language", dim=64, depth=1, mlp_hidden=32)
+        data = Examples(tokens, tokens, classes=32, metric="accuracy")
+    else:  # hosts that look both ways
+        mixer = mixer if mixer.partition("(")[0] in ("chela", "attention", "conv") else f"bidirectional({mixer})"
+    if kind == "images":
+        backbone = VisionBackbone(kind="vision", dim=64, depth=1, patch_size=4, mlp_hidden=32)
+        data = Examples(torch.randn(2, 1, 16, 16), tokens[:, 0] % 3, classes=3, metric="accuracy")
+    elif kind == "padded":
+        backbone = SequenceBackbone(kind="sequence", dim=64, depth=1, mlp_hidden=32)
+        tokens[0, 40:] = 0
+        data = Examples(tokens, tokens[:, 0] % 3, classes=3, vocabulary=32, padding=0, metric="accuracy")
+    model = build(backbone, data, mixer, 32)
+    with NothingReadBack():
+        logits, targets = forward(model, {"inputs": data.inputs, "targets": data.targets})
+        loss_sum(logits, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
