@@ -54,6 +54,19 @@ SEAMS = [
     ("chela_plugin/lm/fla_cpu.py", "fla.modules.activations.ops", "swiglu_fwd", ["x", "y"]),
     ("chela_plugin/lm/fla_cpu.py", "fla.modules.activations.ops", "swiglu_fwdbwd", ["x", "y", "g", "use_weight"]),
     ("chela_plugin/lm/fla_cpu.py", "fla.utils", "device_platform", None),
+    ("chela_plugin/lm/fused_block.py", "fla.modules.activations.ops", "swiglu_fwd", ["x", "y", "output_contiguous"]),
+    (
+        "chela_plugin/lm/fused_block.py",
+        "fla.modules.activations.ops",
+        "swiglu_fwdbwd",
+        ["x", "y", "g", "use_weight", "output_contiguous"],
+    ),
+    (
+        "chela_plugin/lm/fused_block.py",
+        "fla.modules.layernorm",
+        "rms_norm",
+        ["x", "weight", "bias", "residual", "eps", "prenorm"],
+    ),
 ]
 
 
