@@ -147,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from chela_plugin.harness.ablation import run_ablations
     from chela_plugin.harness.config import ConfigError, load_ablation
+    from chela_plugin.harness.results import ResultsError
 
     console, left = Console(highlight=False), []
     for table in [table for table in TABLES if table.name in given.only]:
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, ablation = load_ablation(table.ablation, table.overrides)
         try:
             stopped = run_ablations({name: ablation}, work, console, given.workers, max_seconds=remaining)
-        except ConfigError as error:  # data that is not here: the other tables go on
+        except (ConfigError, ResultsError) as error:  # data that is not here, results of other terms: the others go on
             console.print(f"{table.name}: {error}", markup=False)
             left.append(table.name)
             continue
