@@ -99,6 +99,7 @@ class Constants(NamedTuple):
     scale: Tensor | None  # [D], of the long part
     bias: Tensor  # [D]
     taps: Tensor | None  # [groups, length], long taps before their scale
+    modes: tuple[Tensor, Tensor, Tensor] | None  # of a modal kernel: log_time, frequency, residue
 
 
 def constants(conv: ShortLongConv, length: int = 0) -> Constants:
@@ -119,7 +120,8 @@ def constants(conv: ShortLongConv, length: int = 0) -> Constants:
         conv.check_length(length)
         assert conv.long_kernel is not None
         taps = folded_taps(*conv.long_kernel.source(length), length=length)
-    found = Constants(conv.folded_short().contiguous(), scale, conv.folded_bias(), taps)
+    modes = modes_of(conv) if isinstance(conv.long_kernel, ModalKernel) else None
+    found = Constants(conv.folded_short().contiguous(), scale, conv.folded_bias(), taps, modes)
     if keeps:
         conv.__dict__["_step_constants"] = ((versions, conv.folded), found)
     return found
@@ -132,12 +134,10 @@ def step(conv: ShortLongConv, x: Tensor, cache: Cache, silu: bool) -> Tensor:
     """One token, `[B, 1, D]`; in the cache's own tensors where a kernel takes it."""
     found, history = constants(conv), cache["conv_inputs"]
     begin(cache)
-    if isinstance(conv.long_kernel, ModalKernel):
-        modal = conv.long_kernel
+    if found.modes is not None:
         assert found.scale is not None
-        modes = tuple(precise(p) for p in (modal.log_time, modal.frequency, modal.residue))
         y, cache["conv_inputs"], cache["conv_modes"] = modal_step(
-            x[:, 0], history, cache["conv_modes"], found.short, found.scale, found.bias, modes, silu=silu
+            x[:, 0], history, cache["conv_modes"], found.short, found.scale, found.bias, found.modes, silu=silu
         )
         return y[:, None]
     window = torch.cat([history, x], dim=1)  # [B, K, D]

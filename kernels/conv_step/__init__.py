@@ -6,10 +6,13 @@ number in memory, so that a CUDA graph of a step serves all of them.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import backend, multiplied_as, ready_for, traced
+from chela_plugin.kernels.launching import Launcher
 from chela_plugin.kernels.precision import without_autocast
 
 from . import reference
@@ -17,6 +20,13 @@ from . import reference
 __all__ = ["conv_step"]
 
 CHANNELS = 32  # of a program
+
+
+@functools.cache
+def _launcher() -> Launcher:
+    from . import triton as kernels
+
+    return Launcher(kernels.step)
 
 
 def conv_step(
@@ -59,11 +69,9 @@ def conv_step(
     taps = short.shape[1]
     window = max(block, 1 << (taps - 1).bit_length())
     with ready_for(x):
-        from . import triton as kernels
-
-        kernels.step[(batch, -(-channels // CHANNELS))](
-            x, inputs, ahead, position, short, long, scale, bias, y, channels, long.shape[1],
-            x.stride(0), inputs.stride(0), ahead.stride(0), long.stride(0),
+        _launcher()(
+            (batch, -(-channels // CHANNELS)), (x, inputs, ahead, position, short, long, scale, bias, y),
+            (channels, long.shape[1], x.stride(0), inputs.stride(0), ahead.stride(0), long.stride(0)),
             TAPS=taps, BLOCK=block, WINDOW=window, SILU=silu, GROUP=channels // len(long), BD=CHANNELS, num_warps=4,
         )  # fmt: skip
     if inputs is not held:

@@ -6,10 +6,13 @@ launches are what decoding a small batch costs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import backend, multiplied_as, ready_for, traced
+from chela_plugin.kernels.launching import Launcher
 from chela_plugin.kernels.precision import without_autocast
 
 from . import reference
@@ -17,6 +20,13 @@ from . import reference
 __all__ = ["modal_step", "runs_here"]
 
 CHANNELS = 64  # of a program
+
+
+@functools.cache
+def _launcher() -> Launcher:
+    from . import triton as kernels
+
+    return Launcher(kernels.step)
 
 
 def runs_here(x: Tensor) -> bool:
@@ -63,10 +73,9 @@ def modal_step(
     y = torch.empty_like(x)
     parts = torch.view_as_real(state)
     with ready_for(x):
-        from . import triton as kernels
-
-        kernels.step[(batch, -(-channels // CHANNELS))](
-            x, history, parts, short, bias, long_scale, log_time, frequency, residue, y, channels, x.stride(0),
+        _launcher()(
+            (batch, -(-channels // CHANNELS)),
+            (x, history, parts, short, bias, long_scale, log_time, frequency, residue, y), (channels, x.stride(0)),
             TAPS=short.shape[1], SILU=silu, GROUP=channels // groups, M=count,
             BM=max(2, 1 << (count - 1).bit_length()), BD=CHANNELS, num_warps=2,
         )  # fmt: skip
