@@ -1,8 +1,10 @@
 """The residual sum and its layer norm against torch's, with all gradients.
 
-The Triton kernels run on a GPU, or interpreted on a CPU with TRITON_INTERPRET=1; on a CPU as it is both sides are the
-plain form, and what is tested is that it is torch's.
+The Triton kernels run on a GPU, or under the interpreter: without a GPU this file runs itself once more in a process of
+its own with TRITON_INTERPRET=1, and here both sides are the plain form.
 """
+
+import os
 
 import pytest
 import torch
@@ -12,8 +14,14 @@ from torch.nn import functional as F
 from chela_plugin.kernels.add_norm import add_norm
 from chela_plugin.layers.residual import stands_for, sum_and_norm
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = {"rtol": 1e-5, "atol": 1e-5}  # sums of up to some hundred numbers of order 1
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
+def test_the_kernels_pass_under_the_interpreter(this_file_under_the_interpreter):
+    this_file_under_the_interpreter()
 
 
 def draw(*shape):
