@@ -51,20 +51,12 @@ def test_compiled_equals_eager_with_every_gradient(function, ops, tensors, state
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-def test_operators_pass_opcheck(with_state):
-    # Of a backward operator, whose results have no gradient, only what tracing asks for.
-    traced = {"test_utils": ("test_schema", "test_faketensor")}
-    for function, _, tensors, state in CASES:
-        given = [t.clone().requires_grad_() for t in (*tensors, state)]
-        given = [*given[:-1], given[-1] if with_state else None, 0.5]
-        plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
-        o = torch.randn_like(tensors[0] if function is scan.selective_scan else tensors[2])
-        if function is gla.gated_linear_attention:
-            torch.library.opcheck(gla_ops.forward_op, given)
-            torch.library.opcheck(gla_ops.backward_op, (o, state, *plain), **traced)
-        elif function is delta.gated_delta_rule:
-            torch.library.opcheck(delta_ops.forward_op, given)
-            torch.library.opcheck(delta_ops.backward_op, (o, state, *plain), **traced)
-        else:
-            torch.library.opcheck(scan_ops.forward_op, given)
-            torch.library.opcheck(scan_ops.backward_op, (o, state, *plain), **traced)
+@pytest.mark.parametrize(("function", "ops", "tensors", "state"), CASES, ids=NAMES)
+def test_operators_pass_opcheck(function, ops, tensors, state, with_state):
+    given = [t.clone().requires_grad_() for t in (*tensors, state)]
+    given = [*given[:-1], given[-1] if with_state else None, 1.0]
+    torch.library.opcheck(ops.forward_op, given)
+    plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+    do = torch.randn_like(ops.forward_op(*plain)[0])
+    # Its results have no gradient: only what tracing asks for.
+    torch.library.opcheck(ops.backward_op, (do, state, *plain), test_utils=("test_schema", "test_faketensor"))
