@@ -49,6 +49,7 @@ def mamba_ssm_importable() -> str | None:
                 del sys.modules[name]
             bare = types.ModuleType("mamba_ssm")
             bare.__path__ = list(found.submodule_search_locations)
+            bare.__spec__ = found  # without one `find_spec` raises from then on
             sys.modules["mamba_ssm"] = bare
     try:
         importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
