@@ -177,6 +177,7 @@ def decoding_state(model: nn.Module, dim: int, device: torch.device) -> State | 
     mixers = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "mixer"]
     if not mixers or not all(hasattr(mixer, "init_cache") for mixer in mixers):
         return None
+    model.eval()  # as a model decodes: batch norms refuse a cache while they train
     with torch.no_grad():
         for mixer in mixers:
             try:

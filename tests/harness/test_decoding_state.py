@@ -20,6 +20,7 @@ KEPT = {
     "conv": (6 * 128 + 2 * 8 * 128, 0),  # 6 inputs of the 7-tap kernel, 8 complex modes, for each of its 128 channels
     "conv(long=multiscale)": (0, 128),  # a kernel as long as the sequence: all inputs
     "chela": (6 * DIM + 2 * 8 * DIM + 2 * 19 * 48, 0),  # the same, and 2 heads of linear attention
+    "chela(norm=batch)": (6 * DIM + 2 * 8 * DIM + 2 * 19 * 48, 0),  # in eval mode, as a model decodes
     "chela(long=none)": (6 * DIM + 2 * 20 * 48, 0),
     "chela(long=multiscale)": (2 * 16 * 48, DIM),
 }
