@@ -12,8 +12,10 @@ from . import triton as kernels
 
 norm, norm_gradient = Launcher(kernels.forward), Launcher(kernels.backward)
 _INPUTS = "Tensor o, Tensor? v, Tensor? skip, Tensor weight, Tensor? gate"
-BACKWARD_BLOCK = 2048  # numbers: 112 registers of sm_90, so that two programs share a multiprocessor
-PROGRAMS = 2048  # backward: blocks side by side; each leaves one partial sum of a weight
+# Backward, measured on an H100 (32,768 x 1,024, bf16, eight tensors of 64 MiB): blocks of 2,048 numbers 0.222 ms in 528
+# programs, 0.231 in 2,048, 0.252 in 8,192; blocks of 4,096 0.241 in 512. Each program leaves one partial sum of a weight.
+BACKWARD_BLOCK = 2048
+PROGRAMS = 528
 
 
 def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:
