@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from chela_plugin.bench import record as files
 from chela_plugin.bench import peers, timing
+from chela_plugin.bench import record as files
 from chela_plugin.bench.ahead import _only_compile
 from chela_plugin.bench.cases import Case, Unavailable, Work
 from chela_plugin.bench.graphs import Captured
