@@ -351,17 +351,19 @@ def modal_sums(du, x, states, adjoints, taps, out, scale, places, dnear, dinto, 
         S = tl.load(_state_at(states, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
         L = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
         L2 = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, True), here, other=0.0).to(tl.float32)
+        scaled = S.to(tl.float32) * factor[:, None]
+        turn_re += L.to(tl.float32) * scaled
+        turn_im += L2 * scaled
+        XS = X
+        if SCALE:
+            XS = (X.to(tl.float32) * factor[None, :]).to(dtype)
+        acc_near = tl.dot(G, tl.trans(XS), acc_near, input_precision=PRECISION)
+        acc_out = tl.dot(G, scaled.to(dtype), acc_out, input_precision=PRECISION)
+        acc_into = tl.dot(XS, L, acc_into, input_precision=PRECISION)
         if SCALE:
             long = tl.dot(tl.trans(X), NT, input_precision=PRECISION)
             long = tl.dot(S, WT, long, input_precision=PRECISION)
             acc_scale += tl.sum(long * tl.trans(G).to(tl.float32), 1)
-            X = (X.to(tl.float32) * factor[None, :]).to(dtype)
-        scaled = S.to(tl.float32) * factor[:, None]
-        turn_re += L.to(tl.float32) * scaled
-        turn_im += L2 * scaled
-        acc_near = tl.dot(G, tl.trans(X), acc_near, input_precision=PRECISION)
-        acc_out = tl.dot(G, scaled.to(dtype), acc_out, input_precision=PRECISION)
-        acc_into = tl.dot(X, L, acc_into, input_precision=PRECISION)
     tl.store(dnear + pid * (C * C) + r[:, None] * C + r[None, :], acc_near)
     tl.store(dinto + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_into)
     tl.store(dout + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_out)
