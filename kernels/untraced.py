@@ -17,8 +17,9 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 def compiling() -> bool:
-    """Whether a call is traced for torch.compile; torch.export is to see the definition's own operators."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Whether a call is traced by dynamo, for torch.compile; torch.export, which by default does without it, is to see
+    the definition's own operators. (In a trace of torch 2.11 `is_exporting()` is True whatever asked for it.)"""
+    return torch.compiler.is_dynamo_compiling()
 
 
 @contextmanager
