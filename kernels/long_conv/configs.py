@@ -17,11 +17,15 @@ from chela_plugin.kernels.backend import precision
 # against three transforms and two back.
 FFT_FROM = {"16 bits": (4600, 2300), "tf32": (880, 350), "ieee": (80, 60)}
 
-# Channels are transformed in slabs whose spectra take this much, so that memory does not grow with the batch: three to
-# five slabs of the size at which a transform still runs at the memory's speed.
-SLAB_BYTES = 1 << 25
+# Channels are transformed in slabs whose spectra take this much, so that memory does not grow with the batch. From
+# 32,768 points on half as much is faster (it stays in the L2 cache); below, its many launches keep the host busy.
+SLAB_BYTES = 1 << 26
 # The same for the Toeplitz product's copies of x, of which it holds two at a time.
 CHUNK_BYTES = 1 << 25
+
+
+def slab_bytes(points: int) -> int:
+    return SLAB_BYTES if points < 32768 else SLAB_BYTES // 2
 
 
 class Blocks(NamedTuple):
@@ -103,7 +107,9 @@ def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> Moda
         return ModalBlocks(64, 64, 4 if part == "ends" else 8, 1)
     if part == "ends":
         return ModalBlocks(64, 64, 4, 2)
-    return ModalBlocks(64, 32 if part == "scan" and short else 64, 4, 1)
+    # In tf32 a scan of 64 columns read shared memory before it was fenced, as compiled by Triton 3.6.
+    narrow = part == "scan" and (short or arithmetic(dtype) == "tf32")
+    return ModalBlocks(64, 32 if narrow else 64, 4, 1)
 
 
 # Of `short_sums`: channels and warps a program, parts that a segment is cut into.

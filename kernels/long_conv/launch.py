@@ -12,7 +12,7 @@ from chela_plugin.kernels.backend import ceil_div, precision
 from chela_plugin.kernels.launching import Launcher
 
 from . import triton as kernels
-from .configs import CHUNK_BYTES, SLAB_BYTES, algorithm, blocks_for, lag_blocks_for
+from .configs import CHUNK_BYTES, algorithm, blocks_for, lag_blocks_for, slab_bytes
 from .reference import fast_length
 
 TILE_T, TILE_D = 64, 64  # of the copies between layouts, which run at a plain copy's speed
@@ -87,7 +87,7 @@ def forward(
             _toeplitz(chunks, taps[part], end.of(part), first, last, centre, 1, y[..., part])
         return y
     n = fast_length(x.shape[1])
-    for part in _slabs(x, 8 * n, SLAB_BYTES):
+    for part in _slabs(x, 8 * n, slab_bytes(n)):
         spectrum = _spectrum(x[..., part], 0, x.shape[1] - 1, n)
         spectrum.mul_(_spectrum(_as_tokens(taps[part], first, last, centre), first, last, n))
         _from_spectrum(spectrum, y[..., part], end.of(part))
@@ -135,7 +135,7 @@ def backward(
     sums = _sums_of(dy, ceil_div(n, TILE_T)) if want_bias else None
     if want_taps:
         dtaps.zero_()  # lags that no two tokens have
-    for part in _slabs(x, 8 * n, SLAB_BYTES):
+    for part in _slabs(x, 8 * n, slab_bytes(n)):
         h = _spectrum(_as_tokens(taps[part], first, last, centre), first, last, n)
         behind_silu = None if u is None else u[..., part]
         g = _spectrum(dy[..., part], 0, tokens - 1, n, behind_silu, None if sums is None else sums[:, part])
@@ -170,8 +170,11 @@ def _algorithm(x: Tensor, cu_seqlens: Tensor | None, first: int, last: int, back
 
 
 def _slabs(x: Tensor, a_row: int, most: int) -> list[slice]:
-    """Cuts of the channels, 8 or a multiple of it in each, of `most` bytes if that allows; `a_row` bytes a sequence."""
-    channels = max(most // (a_row * x.shape[0]) // 8 * 8, 8)
+    """Cuts of the channels of `most` bytes each, if that allows 8; `a_row` bytes a sequence of one channel.
+
+    Whole tiles of 64 where there are as many: with another number Triton finds no aligned accesses."""
+    channels = most // (a_row * x.shape[0])
+    channels = channels // 64 * 64 if channels >= 64 else max(channels // 8 * 8, 8)
     return [slice(d, d + channels) for d in range(0, x.shape[2], channels)]
 
 

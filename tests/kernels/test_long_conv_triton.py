@@ -163,7 +163,7 @@ def test_slabs_of_channels_are_the_same(launch, how, causal, monkeypatch):
     x, h, bias, dy = case(2, 30, 20, 30, causal)
     found = []
     for size in (1 << 26, 1):
-        monkeypatch.setattr(launch, "SLAB_BYTES", size)
+        monkeypatch.setattr(launch, "slab_bytes", lambda points, size=size: size)
         monkeypatch.setattr(launch, "CHUNK_BYTES", size)
         u = launch.empty_like(x)
         y = launch.forward(x, h, bias, None, causal, how, silu=True, u=u)
