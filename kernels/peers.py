@@ -1,7 +1,8 @@
 """Kernels of other packages that compute our ops on a CUDA device: flash-linear-attention's and mamba-ssm's.
 
 They take fp16 and bf16: in fp32 theirs multiply in tf32, so there the plain PyTorch definitions run. None of them can
-be traced whole by `torch.compile(fullgraph=True)`; `torch.export` gets the definitions.
+be traced whole by `torch.compile(fullgraph=True)`: what is traced gets the definitions, or an operator that torch does
+not look into (`untraced.py`), in which they run.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def peer(name: str, device: torch.device | str, dtype: torch.dtype) -> Callable[
     """The function `name` if it is to compute inputs of `dtype` on `device`, else None.
 
     None on other devices than CUDA, for other dtypes than fp16 and bf16, under `CHELA_BACKEND=reference`, while
-    exporting, and where its package can't be imported; `CHELA_BACKEND=peer` makes the last a RuntimeError.
+    tracing, and where its package can't be imported; `CHELA_BACKEND=peer` makes the last a RuntimeError.
     """
     asked = requested()
     if torch.device(device).type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or asked == "reference":
         return None
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
         return None
     function, reason = find(name)
     if function is None and asked == "peer":
