@@ -232,23 +232,6 @@ def test_a_mistake_is_one_error_that_says_what_to_do(words, said):
     assert isinstance(result.exception, ConfigError) and said in str(result.exception)
 
 
-def test_shares_of_a_search_cover_it_without_overlap(monkeypatch):
-    triton = pytest.importorskip("triton")
-    from chela_plugin.bench import ahead
-
-    def search(x):
-        pass
-
-    tried = []
-    for share in range(3):
-        configs = [triton.Config({}, num_warps=2**n) for n in range(4)]
-        kernel = triton.autotune(configs=configs, key=[])(triton.jit(search))
-        monkeypatch.setitem(sys.modules, "fla.stand_in", SimpleNamespace(kernel=SimpleNamespace(fn=kernel)))
-        ahead._keep_share(share, 3)
-        tried += [config.num_warps for config in kernel.configs]
-    assert sorted(tried) == [1, 2, 4, 8]
-
-
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"results": []}')
