@@ -47,10 +47,12 @@ def test_it_is_torchs_sum_and_norm_with_all_gradients(dim, branch, wanted):
     wide = torch.autograd.grad(
         [(total, expected)[i] for i in outs], twins, [d.double() for d in dys], allow_unused=True
     )
+    # One channel has no variance: what rounding leaves of its gradient, some 1e-7, is multiplied by eps^-0.5 = 316.
+    close = FP32 if dim > 1 else FP32 | {"atol": 2e-4}
     for gradient, twin in zip(found, wide, strict=True):
         assert (gradient is None) == (twin is None)
         if gradient is not None:
-            torch.testing.assert_close(gradient.double(), twin, **FP32)
+            torch.testing.assert_close(gradient.double(), twin, **close)
 
 
 def test_a_bf16_branch_on_an_fp32_stream_keeps_the_stream_in_fp32():
