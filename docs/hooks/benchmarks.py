@@ -25,20 +25,16 @@ CHARTS = {
             else None
         ),
     ),
-    # Two records, as in README: the later one's modal rows are of kernels that were withdrawn.
+    # Its modal rows are of kernels that were withdrawn; the table takes them from a record of their own.
     "long_conv_h100": (
         "Causal long convolution, width 1,024, 32,768 tokens",
-        lambda row: None if row["name"].startswith("modal_conv") else long_conv_point(row),
+        lambda row: (
+            (row["name"], row["T"], row["forward_ms"][0])
+            if row["D"] == 1024 and row["B"] * row["T"] == 32768 and not row["name"].startswith("modal_conv")
+            else None
+        ),
     ),
-    "long_conv_modal_h100": ("The same, an earlier run with modal filters", lambda row: long_conv_point(row)),
 }
-
-
-def long_conv_point(row: dict[str, Any]) -> tuple[str, int, float] | None:
-    if row["D"] != 1024 or row["B"] * row["T"] != 32768:
-        return None
-    return row["name"], row["T"], row["forward_ms"][0]
-
 
 # Records of `chela bench`, drawn as its `plot` does. file name: (title, function of benchmarks/tables.py)
 SUITES = {
