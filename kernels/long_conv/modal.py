@@ -114,8 +114,8 @@ def _by_taps(
 
     half = 0 if short is None else short.shape[1] // 2
     length = max(x.shape[1], half + 1)
-    sides = [t.chunk(2) for t in (log_time, frequency, residue)]
-    ahead, behind = (modal_taps(*(t[side].float() for t in sides), length) for side in (0, 1))
+    times, turns, residues = (t.float().chunk(2) for t in (log_time, frequency, residue))
+    ahead, behind = (modal_taps(times[side], turns[side], residues[side], length) for side in (0, 1))
     taps = torch.cat([behind[:, 1:].flip(-1), ahead], -1).repeat_interleave(x.shape[2] // len(ahead), 0)
     if scale is not None:
         taps = taps * scale.float()[:, None]
