@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from chela_plugin.kernels.backend import backend, may_read, traced
-from chela_plugin.kernels.packing import check_cu_seqlens
+from chela_plugin.kernels.backend import backend, traced
+from chela_plugin.kernels.packing import check_cu_seqlens, unread
 
 from .modal import MAX_SHORT, modal_conv, short_modal_conv
 from .reference import long_conv_reference
@@ -44,7 +44,7 @@ def long_conv(
         causal: whether an output sees only its own token and those before it.
         silu: SiLU of the result; it, and its gradient, ride along with passes that are made anyway.
         cu_seqlens: `[N + 1]` integers from 0 to T, as in FlashAttention: B is 1 and each sequence is convolved alone.
-            The values are checked on a CPU; on CUDA only under `CHELA_CHECK=1`, since reading them stalls the stream.
+            On CUDA the values are checked once for each tensor, since reading them waits for the stream (`packing.py`).
 
     Returns:
         `[B, T, D]` in x's dtype, summed in fp32 (fp64 for fp64).
@@ -63,7 +63,7 @@ def long_conv(
     if cu_seqlens is not None:
         if cu_seqlens.device != x.device:
             raise ValueError(f"cu_seqlens must be on {x.device} like x, got {cu_seqlens.device}")
-        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=may_read(cu_seqlens))
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=unread(cu_seqlens, x.shape[1]))
     if backend(x.device, x.dtype) == "reference":
         if cu_seqlens is None:
             return long_conv_reference(x, taps, bias, causal=causal, silu=silu)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela_plugin.kernels.backend import backend, may_read, traced
+from chela_plugin.kernels.backend import backend, traced
 from chela_plugin.kernels.folded_taps import folded_taps
-from chela_plugin.kernels.packing import check_cu_seqlens
+from chela_plugin.kernels.packing import check_cu_seqlens, unread
 
 from .reference import modal_conv_reference, modal_taps
 
@@ -79,7 +79,7 @@ def modal_conv(
     if cu_seqlens is not None:
         if cu_seqlens.device != x.device:
             raise ValueError(f"cu_seqlens must be on {x.device} like x, got {cu_seqlens.device}")
-        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=may_read(cu_seqlens))
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1], read=unread(cu_seqlens, x.shape[1]))
     inputs = (log_time, frequency, residue, short, scale, bias)
     if backend(x.device, x.dtype) == "reference":
         if cu_seqlens is None:

@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = {"rtol": 1e-5, "atol": 1e-5}  # sums of up to some hundred numbers of order 1
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this process runs the kernels itself")
 def test_the_kernels_pass_under_the_interpreter(this_file_under_the_interpreter):
     this_file_under_the_interpreter()
 

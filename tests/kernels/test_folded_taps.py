@@ -14,7 +14,7 @@ from chela_plugin.kernels.folded_taps.reference import multiscale_taps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-by_definition = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+by_definition = pytest.mark.skipif(INTERPRETED, reason="plain PyTorch: runs in the process without TRITON_INTERPRET")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")

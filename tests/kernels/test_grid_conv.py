@@ -21,7 +21,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GRIDS = [(1, 1), (2, 3), (2, 5)]  # one place; smaller than the kernel; several tiles
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this process runs the kernels itself")
 def test_the_kernels_pass_under_the_interpreter(this_file_under_the_interpreter):
     this_file_under_the_interpreter()
 

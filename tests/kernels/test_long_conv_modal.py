@@ -17,7 +17,7 @@ from chela_plugin.kernels.long_conv.reference import direct, modal_conv_referenc
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-by_definition = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+by_definition = pytest.mark.skipif(INTERPRETED, reason="plain PyTorch: runs in the process without TRITON_INTERPRET")
 
 # fp32 sums over a chunk and powers through an approximate exp; outputs and factors of 11 and 8 significant bits.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
