@@ -99,6 +99,23 @@ def language_models() -> str:
     return lengths("lm_h100", "T", "train_step", cell)
 
 
+def decoding() -> str:
+    """Tokens a second: launched step by step / as a CUDA graph of a step."""
+    rows = load("decoding_h100")["results"]
+    speed = {(row["model"], row["B"], row["prompt"], row["how"]): row["tokens_per_s"] for row in rows}
+    columns = sorted({(row["B"], row["prompt"]) for row in rows if row["prompt"] >= 2048})
+    table = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = []
+        for B, prompt in columns:
+            # GLA's state has one size whatever was read; its prompt had 64 tokens.
+            at = 64 if (model, B, 64, "graph") in speed and prompt == 2048 else prompt
+            found = [speed.get((model, B, at, how)) for how in ("eager", "graph")]
+            cells.append(" / ".join("-" if x is None else f"{x:,.0f}" for x in found) if any(found) else "-")
+        table.append([model, *cells])
+    return markdown(["eager / graph", *(f"batch {B}, after {prompt:,}" for B, prompt in columns)], table)
+
+
 def vision() -> str:
     """Images a second, inference and training."""
     return "\n\n".join(
@@ -108,4 +125,4 @@ def vision() -> str:
 
 
 if __name__ == "__main__":
-    print(linear_attention(), long_conv(), layers(), vision(), sep="\n\n")
+    print(linear_attention(), long_conv(), layers(), language_models(), decoding(), vision(), sep="\n\n")

@@ -36,11 +36,12 @@ class Table:
     name: str
     ablation: str
     overrides: tuple[str, ...] = ()
+    workers: int = 64  # at most so many side by side: what one card's memory holds
 
 
 TABLES = (
     # zoology: 64 epochs of 180,000 examples over four learning rates. Here 6 epochs at one rate.
-    Table("mqar", "mqar", ("training.steps=4000", "training.batch_size=256", "learning_rates=[2.0e-3]")),
+    Table("mqar", "mqar", ("training.steps=4000", "training.batch_size=256", "learning_rates=[2.0e-3]"), 4),
     # MAD: 200 epochs, 20,000 steps, over three learning rates.
     Table("mad", "mad", ("training.steps=3000", "learning_rates=[1.0e-3]")),
     Table("mad_compression", "mad_compression", ("training.steps=3000", "learning_rates=[1.0e-3]")),
@@ -159,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restore(published, work)
         name, ablation = load_ablation(table.ablation, table.overrides)
         try:
-            stopped = run_ablations({name: ablation}, work, console, given.workers, max_seconds=remaining)
+            stopped = run_ablations(
+                {name: ablation}, work, console, min(given.workers, table.workers), max_seconds=remaining
+            )
         except (ConfigError, ResultsError) as error:  # data that is not here, results of other terms: the others go on
             console.print(f"{table.name}: {error}", markup=False)
             left.append(table.name)
