@@ -19,7 +19,7 @@ from chela_plugin.kernels.backend import ready_for, traced
 from . import launch
 
 _NAME = "chela::folded_taps"
-_ARGUMENTS = "Tensor? source, Tensor? ratio_logit, Tensor? scales, Tensor[] kernels, int length, bool causal"
+_ARGUMENTS = "Tensor? source, Tensor? ratio_logit, Tensor? scales, Tensor[] kernels, SymInt length, bool causal"
 
 
 def forward(source, ratio_logit, scales, kernels, length, causal):

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from chela_plugin.kernels.folded_taps import folded_taps, ops
 from chela_plugin.kernels.folded_taps.reference import multiscale_taps
@@ -102,6 +103,19 @@ def test_the_operator_passes_opcheck(index):
     given = [t if t is None else t.detach() for t in (source, ratio_logit, factors)]
     dtaps = torch.randn_like(ops.forward_op(*arguments))
     torch.library.opcheck(ops.backward_op, (dtaps, *given, [k.detach() for k in kernels], length, causal))
+
+
+@interpreted
+def test_a_compiled_call_is_no_graph_a_length():
+    """The length is a symbol to the operator, not a number that a graph is made for."""
+    counter = CompileCounter()
+    source, ratio, kernel = torch.randn(2, 4, 8), torch.randn(2), torch.randn(4, 3)
+    compiled = torch.compile(
+        lambda x: folded_taps(source, ratio, length=x.shape[0], kernels=[kernel]), fullgraph=True, backend=counter
+    )
+    for length in range(30, 36):
+        assert compiled(torch.empty(length)).shape == (4, length)
+    assert counter.frame_count <= 2  # the first length's own, and one for all others
 
 
 @by_definition
