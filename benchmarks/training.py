@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PUBLISHED = ("manifest.json", "results.jsonl", "report.md", "curves.png")
+PUBLISHED = ("manifest.json", "results.jsonl", "report.md", "curves.png", "slices.png")
 OUT_OF_TIME = 75
 
 
@@ -36,7 +36,7 @@ class Table:
     name: str
     ablation: str
     overrides: tuple[str, ...] = ()
-    workers: int = 64  # at most so many side by side: what one card's memory holds
+    workers: int | None = None  # at most so many side by side, where more don't fit the card
 
 
 TABLES = (
@@ -118,7 +118,8 @@ def publish(work: Path, published: Path) -> None:
     write_report(work)
     published.mkdir(parents=True, exist_ok=True)
     for name in PUBLISHED:
-        shutil.copy(work / name, published)
+        if (work / name).exists():  # no slices where no task has parts
+            shutil.copy(work / name, published)
 
 
 def prune(work: Path) -> None:
@@ -160,9 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restore(published, work)
         name, ablation = load_ablation(table.ablation, table.overrides)
         try:
-            stopped = run_ablations(
-                {name: ablation}, work, console, min(given.workers, table.workers), max_seconds=remaining
-            )
+            workers = min(given.workers, table.workers or given.workers)
+            stopped = run_ablations({name: ablation}, work, console, workers, max_seconds=remaining)
         except (ConfigError, ResultsError) as error:  # data that is not here, results of other terms: the others go on
             console.print(f"{table.name}: {error}", markup=False)
             left.append(table.name)
