@@ -51,6 +51,7 @@ SIZES = {
 }
 OURS = ("chela", "chela(long=multiscale)", "attention", "mamba2(expand=1.25)", "gla", "gated_deltanet")
 DECODING = ("chela", "attention", "gla")
+PROFILED = ("chela", "attention", "fla GLAForCausalLM")  # a training step's kernels, at the first length
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -71,7 +72,9 @@ def cases(device: torch.device) -> list[Case]:
             name: partial(training, name, trained, sizes, shape, device) for name in builders
         }
         axes: dict[str, int | str] = {"B": shape[0], "T": length, "D": sizes.dim, "depth": sizes.depth}
-        found.append(Case(axes, whats, contenders, dict.fromkeys(whats, (sizes.tokens, "tokens"))))
+        profiled = PROFILED if length == sizes.lengths[0] else ()
+        units = dict.fromkeys(whats, (sizes.tokens, "tokens"))
+        found.append(Case(axes, whats, contenders, units, profiled=profiled))
     for batch, prompt in sizes.decoding:
         models: dict[str, Callable[[Sizes, torch.device], nn.Module]] = {
             spec: partial(our_model, spec) for spec in DECODING
