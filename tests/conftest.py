@@ -1,4 +1,5 @@
-"""For all tests: what a machine without a GPU leaves out, kernels under the interpreter, hypothesis's examples.
+"""For all tests: what a machine without a GPU leaves out, kernels under the interpreter, small language models,
+hypothesis's examples.
 
 In CI a property has the examples that its test says, in the nightly mode (CHELA_NIGHTLY=1) 2,000.
 """
@@ -8,11 +9,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 NIGHTLY_EXAMPLES = 2_000
+LM_MIXERS = [  # the built-in mixers that decode, with their defaults
+    "chela",
+    "attention",
+    "linear_attention",
+    "gla",
+    "retnet",
+    "mamba",
+    "mamba2",
+    "gated_deltanet",
+    "conv",
+]
 INTERPRETED_SECONDS = {"ci": 900, "nightly": 4 * 3600}  # for one file; an interpreted example takes about a second
 
 settings.register_profile("ci", max_examples=100, deadline=None)
@@ -38,6 +51,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             test._hypothesis_internal_use_settings = settings(own, max_examples=NIGHTLY_EXAMPLES)
         elif own is None and getattr(test, "is_hypothesis_test", False):
             raise pytest.UsageError(f"{item.nodeid}: hypothesis keeps a test's settings elsewhere in this version")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What asks for `lm_mixer` runs for each of LM_MIXERS, and of MORE_MIXERS where its file has them."""
+    if "lm_mixer" in metafunc.fixturenames:
+        metafunc.parametrize("lm_mixer", [*LM_MIXERS, *getattr(metafunc.module, "MORE_MIXERS", ())], scope="module")
+
+
+@pytest.fixture(scope="session")
+def small_lm() -> Callable[..., Any]:
+    """`small_lm("gla", num_hidden_layers=1)`: a seeded language model of 61 tokens in eval mode, the rest as asked for.
+
+    `apart=True` makes its logits differ enough that no tie decides which token is greedy.
+    """
+
+    def build(mixer: str = "attention", *, apart: bool = False, **changes: Any) -> Any:
+        import torch
+
+        from chela_plugin.lm import ChelaConfig, ChelaForCausalLM
+
+        sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+        torch.manual_seed(0)
+        model = ChelaForCausalLM(ChelaConfig(mixer=mixer, **{**sizes, **changes})).eval()
+        if apart:
+            with torch.no_grad():
+                for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+                    weight.mul_(20)
+        return model
+
+    return build
 
 
 @pytest.fixture

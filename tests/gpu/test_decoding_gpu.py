@@ -6,36 +6,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from chela_plugin.layers import ShortLongConv
 from chela_plugin.layers.long_kernel import LONG_KERNELS
-from chela_plugin.lm import ChelaCache, ChelaConfig, ChelaForCausalLM
+from chela_plugin.lm import ChelaCache
 from chela_plugin.lm.decoding import CapturedDecoding
 
 pytestmark = pytest.mark.gpu
 
-DECODABLE = [
-    "chela",
-    "chela(long=multiscale)",
-    "chela(long=none)",
-    "attention",
-    "linear_attention",
-    "gla",
-    "retnet",
-    "mamba",
-    "mamba2",
-    "gated_deltanet",
-    "conv",
-    "conv(long=explicit) + attention",
-]
+MORE_MIXERS = ["chela(long=multiscale)", "chela(long=none)", "conv(long=explicit) + attention"]
 
 
-def build(mixer, dtype=torch.float32, **sizes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, **sizes}
-    with torch.device("cuda"):
-        model = ChelaForCausalLM(ChelaConfig(mixer=mixer, pad_token_id=0, **sizes))
-    with torch.no_grad():
-        for p in (model.model.embed_tokens.weight, model.lm_head.weight):
-            p.mul_(20)  # logits far enough apart that no tie decides which token is greedy
-    return model.to(dtype).eval()
+@pytest.fixture
+def build(small_lm):
+    def on_gpu(mixer, dtype=torch.float32, **sizes):
+        sizes = {"hidden_size": 128, "intermediate_size": 128, **sizes}
+        with torch.device("cuda"):
+            return small_lm(mixer, pad_token_id=0, apart=True, **sizes).to(dtype)
+
+    return on_gpu
 
 
 def tokens(*shape):
@@ -45,7 +31,7 @@ def tokens(*shape):
 # Whatever computes the mixer: our kernels, fla's (gla, gated_deltanet, the short convolution of mamba2), SDPA.
 @pytest.mark.parametrize("mixer", ["chela", "gla", "gated_deltanet", "attention", "chela(long=multiscale)", "mamba2"])
 @pytest.mark.parametrize("mode", ["training", "prefill"])
-def test_a_model_compiles_whole_over_twenty_lengths(mixer, mode):
+def test_a_model_compiles_whole_over_twenty_lengths(mixer, mode, build):
     torch._dynamo.reset()
     model, counter = build(mixer, torch.bfloat16, num_hidden_layers=1), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.train(mode == "training"), fullgraph=True, backend=counter)
@@ -60,9 +46,8 @@ def test_a_model_compiles_whole_over_twenty_lengths(mixer, mode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", DECODABLE)
-def test_a_captured_step_equals_one_forward_pass(mixer):
-    model, ids = build(mixer), tokens(2, 200)
+def test_a_captured_step_equals_one_forward_pass(lm_mixer, build):
+    model, ids = build(lm_mixer), tokens(2, 200)
     whole = model(ids, use_cache=False).logits
     cache = ChelaCache(model.config, max_cache_len=200)
     found = [model(ids[:, :50], past_key_values=cache).logits]
@@ -77,7 +62,7 @@ def test_a_captured_step_equals_one_forward_pass(mixer):
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("mixer", ["chela", "chela(long=multiscale) + attention"])
-def test_generate_with_a_static_cache_gives_the_same_tokens_padded_or_not(mixer, mode):
+def test_generate_with_a_static_cache_gives_the_same_tokens_padded_or_not(mixer, mode, build):
     model, ids = build(mixer), tokens(2, 70)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -87,7 +72,7 @@ def test_generate_with_a_static_cache_gives_the_same_tokens_padded_or_not(mixer,
 
 
 @torch.no_grad()
-def test_a_cache_that_grows_is_refused_by_name():
+def test_a_cache_that_grows_is_refused_by_name(build):
     model = build("attention")
     cache = model(tokens(1, 5)).past_key_values
     step = CapturedDecoding(model, cache)

@@ -4,20 +4,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from chela_plugin.lm import ChelaConfig, ChelaForCausalLM
-
 
 @pytest.fixture(autouse=True)
 def forget():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def build(mixer):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
-    return ChelaForCausalLM(ChelaConfig(mixer=mixer, **sizes))
 
 
 def tokens(length):
@@ -30,8 +22,8 @@ def tokens(length):
     ("mixer", "first", "graphs"),
     [("chela", 70, 2), ("chela", 40, 4), ("chela(long=modal)", 70, 2), ("attention", 9, 2)],
 )
-def test_training_over_twenty_lengths_is_no_graph_a_length(mixer, first, graphs):
-    model, counter = build(mixer).train(), CompileCounter()
+def test_training_over_twenty_lengths_is_no_graph_a_length(mixer, first, graphs, small_lm):
+    model, counter = small_lm(mixer, num_hidden_layers=1).train(), CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for length in range(first, first + 20):
         compiled(tokens(length), labels=tokens(length)).loss.backward()
@@ -39,8 +31,8 @@ def test_training_over_twenty_lengths_is_no_graph_a_length(mixer, first, graphs)
 
 
 @torch.no_grad()
-def test_prefill_over_twenty_lengths_is_no_graph_a_length():
-    model, counter = build("chela").eval(), CompileCounter()
+def test_prefill_over_twenty_lengths_is_no_graph_a_length(small_lm):
+    model, counter = small_lm("chela", num_hidden_layers=1), CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for length in range(70, 90):
         out = compiled(tokens(length), use_cache=True)
@@ -49,8 +41,8 @@ def test_prefill_over_twenty_lengths_is_no_graph_a_length():
 
 
 @pytest.mark.parametrize("length", [40, 70])
-def test_the_compiled_model_has_the_logits_and_gradients_of_the_eager_one(length):
-    model, ids = build("chela").double(), tokens(length)
+def test_the_compiled_model_has_the_logits_and_gradients_of_the_eager_one(length, small_lm):
+    model, ids = small_lm("chela", num_hidden_layers=1).double().train(), tokens(length)
 
     def run(call):
         model.zero_grad()

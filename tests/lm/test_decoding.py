@@ -7,29 +7,10 @@ import torch
 from torch import Tensor
 
 from chela_plugin.layers import streaming
-from chela_plugin.lm import ChelaCache, ChelaConfig, ChelaForCausalLM, decoding
+from chela_plugin.lm import ChelaCache, decoding
 from chela_plugin.lm.decoding import CapturedDecoding
 
-DECODABLE = [
-    "chela",
-    "chela(long=multiscale)",
-    "chela(long=explicit)",
-    "chela(long=none)",
-    "attention",
-    "linear_attention",
-    "gla",
-    "retnet",
-    "mamba",
-    "mamba2",
-    "gated_deltanet",
-    "conv(long=implicit) + attention",
-]
-
-
-def build(mixer):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-    return ChelaForCausalLM(ChelaConfig(mixer=mixer, pad_token_id=0, **sizes)).double().eval()
+MORE_MIXERS = ["chela(long=multiscale)", "chela(long=explicit)", "chela(long=none)", "conv(long=implicit) + attention"]
 
 
 def tokens(*shape):
@@ -68,9 +49,8 @@ def graphs(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", DECODABLE)
-def test_replayed_steps_equal_one_forward_pass(mixer, graphs):
-    model, ids = build(mixer), tokens(2, 150)
+def test_replayed_steps_equal_one_forward_pass(lm_mixer, graphs, small_lm):
+    model, ids = small_lm(lm_mixer, pad_token_id=0).double(), tokens(2, 150)
     whole = model(ids, use_cache=False).logits
     cache = ChelaCache(model.config, max_cache_len=150)
     found = [model(ids[:, :9], past_key_values=cache).logits]
@@ -90,8 +70,8 @@ def test_replayed_steps_equal_one_forward_pass(mixer, graphs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", ["chela", "chela(long=multiscale) + attention"])
-def test_rows_may_be_reordered_between_replays(mixer, graphs):
-    model, ids, order = build(mixer), tokens(3, 20), torch.tensor([2, 0, 0])
+def test_rows_may_be_reordered_between_replays(mixer, graphs, small_lm):
+    model, ids, order = small_lm(mixer, pad_token_id=0).double(), tokens(3, 20), torch.tensor([2, 0, 0])
     cache = ChelaCache(model.config, max_cache_len=20)
     model(ids[:, :9], past_key_values=cache)
     step = CapturedDecoding(model, cache)
@@ -105,8 +85,8 @@ def test_rows_may_be_reordered_between_replays(mixer, graphs):
 
 
 @torch.no_grad()
-def test_what_a_graph_cannot_hold_is_refused_by_name(graphs):
-    model = build("attention")
+def test_what_a_graph_cannot_hold_is_refused_by_name(graphs, small_lm):
+    model = small_lm("attention", pad_token_id=0).double()
     with pytest.raises(ValueError, match="empty: read a prompt first"):
         CapturedDecoding(model, ChelaCache(model.config))
     step = CapturedDecoding(model, model(tokens(1, 5)).past_key_values)
@@ -115,7 +95,7 @@ def test_what_a_graph_cannot_hold_is_refused_by_name(graphs):
         step(tokens(1, 1))
 
 
-def test_a_model_on_a_cpu_is_refused():
-    model = build("chela")
+def test_a_model_on_a_cpu_is_refused(small_lm):
+    model = small_lm("chela", pad_token_id=0).double()
     with pytest.raises(ValueError, match="need a CUDA device, the model is on cpu"):
         CapturedDecoding(model, model(tokens(1, 5)).past_key_values)

@@ -5,22 +5,13 @@ import copy
 import pytest
 import torch
 
-from chela_plugin.lm import ChelaCache, ChelaConfig, ChelaForCausalLM
+from chela_plugin.lm import ChelaCache
 
-DECODABLE = [
-    "chela",
+MORE_MIXERS = [
     "chela(long=explicit)",
     "chela(long=modal)",
     "chela(long=implicit)",
     "chela(long=multiscale)",
-    "attention",
-    "linear_attention",
-    "gla",
-    "retnet",
-    "mamba",
-    "mamba2",
-    "gated_deltanet",
-    "conv",
     "identity",
     "chela + attention",
 ]
@@ -28,27 +19,15 @@ DECODABLE = [
 close = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def build(mixer):
-    torch.manual_seed(0)
-    config = ChelaConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, mixer=mixer, intermediate_size=48, pad_token_id=0
-    )
-    model = ChelaForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in (model.model.embed_tokens.weight, model.lm_head.weight):
-            p.mul_(20)  # logits far enough apart that no tie decides which token is greedy
-    return model
-
-
-@pytest.fixture(scope="module", params=DECODABLE)
-def model(request):
-    return build(request.param)
+@pytest.fixture(scope="module")
+def model(lm_mixer, small_lm):
+    return small_lm(lm_mixer, pad_token_id=0, apart=True)
 
 
 # What concerns the host alone: one mixer with long convolutions, one whose cache grows, one recurrent.
 @pytest.fixture(scope="module", params=["chela", "attention", "mamba2"])
-def host(request):
-    return build(request.param)
+def host(request, small_lm):
+    return small_lm(request.param, pad_token_id=0, apart=True)
 
 
 def tokens(*shape):
