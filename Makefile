@@ -29,10 +29,11 @@ test-gpu:
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu needs a CUDA device')"
 	$(PYTHON) -m pytest -q -rs -m gpu tests/gpu tests/mixers
 
-# Every Triton kernel at small shapes under compute-sanitizer, on a GPU.
+# Every Triton kernel at small shapes under compute-sanitizer, on a GPU; then a look at what ptxas made of them.
 sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu/sanitizer_cases.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/gpu/sanitizer_cases.py
+	$(PYTHON) tests/undefined_registers.py
 
 # Versions that CI doesn't run: oldest and newest, Python 3.10 and 3.13 (noxfile.py).
 test-matrix: $(INSTALLED)

@@ -187,7 +187,7 @@ def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[d
         "multiscale, exact path, short, long, SiLU": multiscale,
     }
     if tokens > 8192:  # modal taps in torch take GiB there
-        del entries["exact path, short, long, SiLU"], entries["modal_conv two-sided, short, long, SiLU"]
+        del entries["exact path, short, long, SiLU"]
     generator = [
         torch.randn(channels // 16, 8, 16, device="cuda") / 4,
         torch.full((channels // 16,), 2.0, device="cuda"),

@@ -1,5 +1,5 @@
-"""For all tests: what a machine without a GPU leaves out, kernels under the interpreter, small language models,
-hypothesis's examples.
+"""For all tests: what a machine without a GPU leaves out, kernels under the interpreter, small language models, a
+mamba_ssm without its extension, hypothesis's examples.
 
 In CI a property has the examples that its test says, in the nightly mode (CHELA_NIGHTLY=1) 2,000.
 """
@@ -7,12 +7,14 @@ In CI a property has the examples that its test says, in the nightly mode (CHELA
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+sys.path.append(str(Path(__file__).parent))  # for what tests share
 
 NIGHTLY_EXAMPLES = 2_000
 LM_MIXERS = [  # the built-in mixers that decode, with their defaults
@@ -81,6 +83,24 @@ def small_lm() -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def mamba_ssm_without_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """`import mamba_ssm` needs a CUDA extension that isn't there; its Triton kernels, here one in name only, don't."""
+    triton = tmp_path / "mamba_ssm" / "ops" / "triton"
+    triton.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
+    (triton / "ssd_combined.py").write_text("def mamba_chunk_scan_combined(): return 'scan'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def take_out() -> dict[str, Any]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "mamba_ssm"}
+
+    before = take_out()
+    yield
+    take_out()  # else a later first import of fla finds parts of a package that isn't there
+    sys.modules.update(before)
 
 
 @pytest.fixture

@@ -24,6 +24,10 @@ from .mixer import Cache
 # million taps. It turns a mistaken length into an error before the device runs out of memory.
 MAX_TAPS_BYTES = 8 << 30
 
+# Tokens from which a two-sided modal filter, two scans, is faster than a Toeplitz product with all its taps (estimated
+# from the times of the two on an H100; below it the product is at most twice the cost of its copies).
+TWO_SIDED_FROM = 1024
+
 
 class BranchNorm(nn.BatchNorm1d):
     """BatchNorm over the tokens of `[B, T, D]`, skipping padding; folds into the branch's taps after training."""
@@ -282,12 +286,12 @@ class ShortLongConv(nn.Module):
     def runs_structured(self, x: Tensor) -> bool:
         """Whether all branches run as short taps and a state of the modes, at a cost a token that T does not change.
 
-        Two-sided ones run through all their taps. So does the plain form while it is traced: its loop over chunks would
-        make a graph for each T.
+        Two-sided ones do from TWO_SIDED_FROM tokens on; the rows and columns of images are short. The plain form does
+        not while it is traced: its loop over chunks would make a graph for each T.
         """
         return (
             isinstance(self.long_kernel, ModalKernel)
-            and self.causal
+            and (self.causal or (self.dims == 1 and x.shape[1] >= TWO_SIDED_FROM))
             and max(self.short, default=1) <= MAX_SHORT
             and self.folds()
             and not (traced(x) and backend(x.device, x.dtype) == "reference")

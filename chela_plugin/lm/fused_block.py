@@ -1,4 +1,5 @@
-"""A block's norms, residual sums and MLP in fewer passes on a GPU, by fla's kernels where fla is installed.
+"""A block's norms, residual sums and MLP in fewer passes on a GPU: the norms by `kernels.add_norm`, the MLP's SiLU by
+fla's kernels where fla is installed.
 
 The composed form (`model.py`) is the definition. Fused, for a residual stream x:
 
@@ -13,19 +14,18 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
 class Kernels(NamedTuple):
-    """fla's: `swiglu(gate, up, output_contiguous)`, `swiglu_both(gate, up, d, use_weight, output_contiguous)` to the
-    gradients of gate and up and SiLU(gate) * up, and `rms_norm(x, weight, bias, residual, eps, prenorm)`."""
+    """fla's: `swiglu(gate, up, output_contiguous)`, and `swiglu_both(gate, up, d, use_weight, output_contiguous)` to
+    the gradients of gate and up and SiLU(gate) * up."""
 
     swiglu: Callable[..., Tensor]
     swiglu_both: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    rms_norm: Callable[..., Any]
 
 
 @functools.cache
@@ -33,10 +33,9 @@ def fla_kernels() -> Kernels | None:
     """None where fla can't be imported."""
     try:
         from fla.modules.activations.ops import swiglu_fwd, swiglu_fwdbwd
-        from fla.modules.layernorm import rms_norm
     except Exception:  # a mismatch of fla with torch, triton or transformers takes many forms
         return None
-    return Kernels(swiglu_fwd, swiglu_fwdbwd, rms_norm)
+    return Kernels(swiglu_fwd, swiglu_fwdbwd)
 
 
 def kernels_for(x: Tensor, norms: tuple[nn.RMSNorm, ...], linears: tuple[nn.Linear, ...]) -> Kernels | None:

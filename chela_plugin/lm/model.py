@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from chela_plugin.kernels.add_norm import add_rms_norm
 from chela_plugin.lm.cache import CACHE_NAME, ChelaCache, output
 from chela_plugin.lm.config import ChelaConfig
 from chela_plugin.lm.decoding import CapturedCall
@@ -113,9 +114,8 @@ class ChelaBlock(GradientCheckpointingLayer):
             x = x + self.mixer(self.mixer_norm(x), **options)
             return x + self.mlp(self.mlp_norm(x))
         eps = self.config.norm_eps
-        normed, x = fused.rms_norm(x, self.mixer_norm.weight, None, None, eps, True)
-        mixed = self.mixer(normed, **options)
-        normed, x = fused.rms_norm(mixed, self.mlp_norm.weight, None, x, eps, True)
+        x, normed = add_rms_norm(x, None, self.mixer_norm.weight, eps)
+        x, normed = add_rms_norm(x, self.mixer(normed, **options), self.mlp_norm.weight, eps)
         return x + GatedMLP.apply(normed, *(linear.weight for linear in linears), fused)
 
 

@@ -25,28 +25,32 @@ def blocks_of(dim: int) -> tuple[int, int]:
 
 
 def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, save: bool
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, its norm, and `[2, rows]` mean and 1 / deviation of each row if `save`. x and branch are dense."""
+    """The sum, its norm (RMS without a bias), and if `save` `[2 or 1, rows]`: 1 / deviation and, but for RMS, mean of
+    each row. x and branch are dense."""
     dim = x.shape[-1]
     rows = x.numel() // dim
     total = x
     if branch is not None:
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    statistics = torch.empty(2 if save else 0, rows, dtype=torch.float32, device=x.device)
+    rms = bias is None
+    statistics = torch.empty((1 if rms else 2) if save else 0, rows, dtype=torch.float32, device=x.device)
     block, columns = blocks_of(dim)
     with ready_for(x):
         norm(
             (triton.cdiv(rows, block),),
-            (x, x if branch is None else branch, weight, bias, total, y, statistics if save else y), (rows, dim, eps),
-            BRANCH=branch is not None, SAVE=save, BR=block, BD=columns, num_warps=4,
+            (x, x if branch is None else branch, weight, weight if bias is None else bias, total, y,
+             statistics if save else y),
+            (rows, dim, eps), BRANCH=branch is not None, RMS=rms, SAVE=save, BR=block, BD=columns, num_warps=4,
         )  # fmt: skip
     return total, y, statistics
 
 
 class AddNorm(torch.autograd.Function):
-    """Arguments (x, branch, weight, bias, eps, dtype); returns the sum (x itself without a branch) and its norm."""
+    """Arguments (x, branch, weight, bias or None, eps, dtype); returns the sum (x itself without a branch) and its
+    norm."""
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, dtype):
@@ -72,13 +76,15 @@ class AddNorm(torch.autograd.Function):
         dbranch = torch.empty(total.shape, dtype=branch_dtype, device=total.device) if both else dx
         block, columns = blocks_of(dim)
         programs = min(PROGRAMS, triton.cdiv(rows, block))
-        sums = torch.empty(programs, 2, dim, dtype=torch.float32, device=total.device)
+        rms = bias is None
+        sums = torch.empty(programs, 1 if rms else 2, dim, dtype=torch.float32, device=total.device)
         dy = dy.contiguous()
         with ready_for(total):
             norm_gradient(
                 (programs,),
                 (total, statistics, weight, dy if dtotal is None else dtotal.contiguous(), dy, dx, dbranch, sums),
-                (rows, dim), TOTAL=dtotal is not None, BRANCH=both, BR=block, BD=columns, num_warps=4,
+                (rows, dim), TOTAL=dtotal is not None, BRANCH=both, RMS=rms, BR=block, BD=columns, num_warps=4,
             )  # fmt: skip
-        dweight, dbias = sums.sum(0)
-        return dx, None if branch_dtype is None else dbranch, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
+        dweight, *dbias = sums.sum(0)
+        dweights = dweight.to(weight.dtype), None if bias is None else dbias[0].to(bias.dtype)
+        return dx, None if branch_dtype is None else dbranch, *dweights, None, None

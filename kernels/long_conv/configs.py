@@ -99,11 +99,21 @@ class ModalBlocks(NamedTuple):
     stages: int
 
 
-def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
-    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'forward' or 'backward'. All share one chunk."""
+def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> ModalBlocks:
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' (with short taps?) or 'sums'.
+
+    All share one chunk."""
     if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
-        return ModalBlocks(64, 64, 8 if part == "backward" else 4, 1)
-    return ModalBlocks(64, 64, 8 if part == "backward" else 4, 2 if part == "ends" else 1)
+        return ModalBlocks(64, 64, 4 if part == "ends" else 8, 1)
+    if part == "ends":
+        return ModalBlocks(64, 64, 4, 2)
+    # In tf32 a scan of 64 columns read shared memory before it was fenced, as compiled by Triton 3.6.
+    narrow = part == "scan" and (short or arithmetic(dtype) == "tf32")
+    return ModalBlocks(64, 32 if narrow else 64, 4, 1)
+
+
+# Of `short_sums`: channels and warps a program, parts that a segment is cut into.
+SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 8, 4
 
 
 def modal_segment_size(batch: int, tokens: int, filters: int) -> int:

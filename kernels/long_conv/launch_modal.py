@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import ceil_div, next_power_of_2, precision
+from chela_plugin.kernels.launching import Launcher
 
 from . import triton_modal as kernels
-from .configs import ModalBlocks, modal_blocks_for, modal_segment_size
+from .configs import SHORT_CHANNELS, SHORT_PARTS, SHORT_WARPS, ModalBlocks, modal_blocks_for, modal_segment_size
+
+launch_matrices, launch_ends, launch_carry = (
+    Launcher(kernel) for kernel in (kernels.modal_matrices, kernels.modal_ends, kernels.modal_carry)
+)
+launch_scan, launch_sums = Launcher(kernels.modal_scan), Launcher(kernels.modal_sums)
+launch_gradient, launch_short_sums = Launcher(kernels.modal_gradient), Launcher(kernels.short_sums)
 
 
 class Plan(NamedTuple):
@@ -75,7 +82,7 @@ def plan_for(x: Tensor, groups: int, modes: int, cu_seqlens: Tensor | None) -> P
         left = length[owner] - before
         # A slot behind the last sequence is a sequence of no tokens.
         # Slots of a sequence start at begin / chunk + its number: as many as its chunks need, whatever the lengths.
-        chunk = modal_blocks_for(x.dtype, "forward").chunk
+        chunk = modal_blocks_for(x.dtype, "scan").chunk
         states = begin[owner] // chunk + owner + before // chunk
         places = torch.stack([torch.where(left > 0, row, 0) for row in (begin[owner] + before, before, left, states)])
         per_row = segments
@@ -107,8 +114,24 @@ class Matrices(NamedTuple):
     turn: Tensor
 
 
-def matrices(log_time: Tensor, frequency: Tensor, residue: Tensor, dtype: torch.dtype, plan: Plan, C: int) -> Matrices:
+class View(NamedTuple):
+    """A tensor's first token in the order of a scan, and its strides; those of time are negative in reverse order."""
+
+    start: Tensor
+    strides: tuple[int, ...]
+
+
+def view_of(x: Tensor, flipped: bool) -> View:
+    if not flipped:
+        return View(x, x.stride())
+    batch, tokens, channels = x.stride()
+    return View(x[:, -1:], (batch, -tokens, channels))
+
+
+def matrices(f: Filter, dtype: torch.dtype, plan: Plan, strict: bool = False) -> Matrices:
+    log_time, frequency, residue = (t.contiguous() for t in f[:3])
     groups, modes = log_time.shape
+    C = modal_blocks_for(dtype, "scan").chunk
     wide: Any = {"dtype": torch.float32, "device": log_time.device}
     made = Matrices(
         torch.empty(groups, C, **wide),
@@ -116,7 +139,9 @@ def matrices(log_time: Tensor, frequency: Tensor, residue: Tensor, dtype: torch.
         torch.empty(groups, 2, C, plan.SP, dtype=dtype, device=log_time.device),
         torch.empty(groups, 2, 2, plan.SP, **wide),
     )
-    kernels.modal_matrices[(groups,)](log_time, frequency, residue, *made, modes, plan.size, C=C, SP=plan.SP)
+    launch_matrices(
+        (groups,), (log_time, frequency, residue, *made), (modes, plan.size), C=C, SP=plan.SP, STRICT=strict
+    )
     return made
 
 
@@ -136,56 +161,110 @@ def _grid(blocks: ModalBlocks, plan: Plan) -> tuple[int]:
     return (plan.Q * ceil_div(plan.segments, blocks.columns // plan.channels),)
 
 
-def _starts(x: Tensor, u: Tensor | None, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
+def _starts(x: Tensor, flipped: bool, into: Tensor, turn: Tensor, plan: Plan, reverse: bool) -> Tensor:
     """The states that segments start from, or with `reverse` the adjoint ones that they end with."""
     blocks = modal_blocks_for(x.dtype, "ends")
     ends = torch.empty(plan.segments, plan.Q, plan.channels, plan.SP, dtype=torch.float32, device=x.device)
     starts = torch.empty_like(ends)
     places = x if plan.places is None else plan.places
-    other = x if u is None else u
-    kernels.modal_ends[_grid(blocks, plan)](
-        x, other, ends, into, turn, places, *_common(x, plan), *x.stride(), *other.stride(), SILU=u is not None,
-        REVERSE=reverse, **_options(blocks, x, plan),
+    start, strides = view_of(x, flipped)
+    launch_ends(
+        _grid(blocks, plan), (start, ends, into, turn, places), (*_common(x, plan), *strides), REVERSE=reverse,
+        **_options(blocks, x, plan),
     )  # fmt: skip
     rows = 1 if plan.places is not None else plan.rows
-    kernels.modal_carry[(plan.Q * rows,)](
-        ends, starts, turn, places, plan.Q, plan.segments, plan.per_row, plan.blocks, SP=plan.SP, CB=plan.channels,
-        REVERSE=reverse, PACKED=plan.places is not None, num_warps=1,
+    launch_carry(
+        (plan.Q * rows,), (ends, starts, turn, places), (plan.Q, plan.segments, plan.per_row, plan.blocks),
+        SP=plan.SP, CB=plan.channels, REVERSE=reverse, PACKED=plan.places is not None, num_warps=1,
     )  # fmt: skip
     return starts
 
 
-def forward(x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, u, states)`; u is `[0]` unless saved with SiLU, states are unless saved."""
-    log_time, frequency, residue, short, scale, bias = f
+def _scan(
+    x: Tensor, y: Tensor, u: Tensor, states: Tensor, m: Matrices, f: Filter, plan: Plan, *, silu: bool, save: bool,
+    reverse: bool = False, flipped: bool = False, ahead: int = 0, add: Tensor | None = None,
+    dscale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills y, and with `save` u and states; with `reverse` the transpose of the filter, without bias and SiLU, and
+    where there is a scale `dscale` `[D, segments]` from u, what the filter met.
+
+    flipped: over the tokens in reverse order. ahead: short taps in front of lag 0. add: a summand of u, laid out as y.
+    """
+    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None)
+    into, out = (m.out, m.into) if reverse else (m.into, m.out)
+    starts = _starts(x, flipped, into, m.turn, plan, reverse) if plan.carries else None
+    x_start, x_strides = view_of(x, flipped)
+    y_start, y_strides = view_of(y, flipped)
+    others = (view_of(t, flipped).start if t is not None and t.numel() else y_start for t in (u, add))
+    launch_scan(
+        _grid(blocks, plan),
+        (x_start, y_start, *others, states, x if starts is None else starts, m.taps, into, out, m.turn,
+         *(x if t is None else t.contiguous() for t in (f.short, f.scale, f.bias)),
+         states if dscale is None else dscale, x if plan.places is None else plan.places),
+        (*_common(x, plan), *x_strides, *y_strides),
+        K=0 if f.short is None else f.short.shape[1], AHEAD=ahead, ADD=add is not None, SCALE=f.scale is not None,
+        BIAS=f.bias is not None and not reverse, SILU=silu, SAVE=save, CARRY=starts is not None, REVERSE=reverse,
+        **_options(blocks, x, plan),
+    )  # fmt: skip
+
+
+class Side(NamedTuple):
+    """One scan: over lags from 0 on, or, flipped, over those below 0."""
+
+    filter: Filter
+    plan: Plan
+    matrices: Matrices
+    flipped: bool
+
+
+def sides_of(x: Tensor, f: Filter, cu_seqlens: Tensor | None, causal: bool) -> list[Side]:
+    """The scans of a filter. Of a two-sided one the first has the short taps, the last the bias."""
+    modes = f.log_time.shape[1]
+    sides: list[Side] = []
+    for flipped in (False,) if causal else (False, True):
+        time, turn, c = (t if causal else t.chunk(2)[flipped] for t in f[:3])
+        cuts = x.shape[1] - cu_seqlens.flip(0) if flipped and cu_seqlens is not None else cu_seqlens
+        plan = sides[0].plan if sides and cuts is None else plan_for(x, time.shape[0], modes, cuts)
+        part = Filter(time, turn, c, None if flipped else f.short, f.scale, f.bias if causal or flipped else None)
+        sides.append(Side(part, plan, matrices(part, x.dtype, plan, strict=flipped), flipped))
+    return sides
+
+
+def taps_ahead(f: Filter, causal: bool) -> int:
+    return 0 if causal or f.short is None else f.short.shape[1] // 2
+
+
+def forward(
+    x: Tensor, f: Filter, cu_seqlens: Tensor | None, silu: bool, causal: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Side]]:
+    """`(y, u, states, what the backward pass need not find again)`; u and states are `[0]` unless saved."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty(x.shape if save and silu else (0,), dtype=x.dtype, device=x.device)
-    plan = plan_for(x, log_time.shape[0], log_time.shape[1], cu_seqlens)
-    blocks = modal_blocks_for(x.dtype, "forward")
-    states = saved_states(x, log_time, cu_seqlens) if save else x.new_empty(0)
+    states = saved_states(x, f.log_time, cu_seqlens, causal) if save else x.new_empty(0)
     if x.numel() == 0:
-        return y, u, states
-    log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
-    m = matrices(log_time, frequency, residue, x.dtype, plan, blocks.chunk)
-    starts = _starts(x, None, m.into, m.turn, plan, False) if plan.carries else None
-    kernels.modal_forward[_grid(blocks, plan)](
-        x, y, u, states, x if starts is None else starts, *m,
-        *(x if t is None else t.contiguous() for t in (short, scale, bias)),
-        x if plan.places is None else plan.places, *_common(x, plan), *x.stride(), *y.stride(),
-        K=0 if short is None else short.shape[1], SCALE=scale is not None, BIAS=bias is not None, SILU=silu, SAVE=save,
-        CARRY=starts is not None, **_options(blocks, x, plan),
-    )  # fmt: skip
-    return y, u, states
+        return y, u, states, []
+    sides = sides_of(x, f, cu_seqlens, causal)
+    before: Tensor | None = None
+    for side, kept in zip(sides, states.chunk(len(sides)) if save else sides, strict=True):
+        last = side is sides[-1]
+        found = y if last else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        _scan(
+            x, found, u if last else found, kept if isinstance(kept, Tensor) else states, side.matrices, side.filter,
+            side.plan, silu=silu and last, save=save, flipped=side.flipped, ahead=taps_ahead(f, causal), add=before,
+        )  # fmt: skip
+        before = found
+    return y, u, states, sides
 
 
-def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def saved_states(x: Tensor, log_time: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
     """Room for the state at each chunk's start, in x's dtype. No branch on a size: a graph may leave T open."""
     batch, tokens, channels = x.shape
-    groups, modes = log_time.shape
-    chunk = modal_blocks_for(x.dtype, "forward").chunk
+    rows, modes = log_time.shape
+    sides = 1 if causal else 2
+    chunk = modal_blocks_for(x.dtype, "scan").chunk
     slots = batch * ceil_div(tokens, chunk) if cu_seqlens is None else tokens // chunk + cu_seqlens.shape[0]
-    width, blocks = channels_of(groups, channels)
-    return x.new_empty(slots, groups * blocks, width, state_places(modes))
+    width, blocks = channels_of(rows // sides, channels)
+    return x.new_empty(sides * slots, rows // sides * blocks, width, state_places(modes))
 
 
 def backward(
@@ -196,38 +275,83 @@ def backward(
     f: Filter,
     cu_seqlens: Tensor | None,
     silu: bool,
+    causal: bool,
+    sides: list[Side] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and of each tensor of the filter; None for what was not given."""
-    log_time, frequency, residue, short, scale, bias = f
-    groups, modes = log_time.shape
+    """Gradients of x and of each tensor of the filter, in their dtypes; None for what was not given.
+
+    But the scale's in shares `[D, n]`, fp32, still to be summed; short taps' and bias' are views of one tensor."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (short, scale, bias)]
-        poles = torch.zeros_like(log_time), torch.zeros_like(frequency), torch.zeros_like(residue)
-        return dx, *poles, zeros[0], zeros[1], zeros[2]
-    plan = plan_for(x, groups, modes, cu_seqlens)
-    blocks = modal_blocks_for(x.dtype, "backward")
-    log_time, frequency, residue = log_time.contiguous(), frequency.contiguous(), residue.contiguous()
-    m = matrices(log_time, frequency, residue, x.dtype, plan, blocks.chunk)
-    before = u if silu else None
-    starts = _starts(dy, before, m.out, m.turn, plan, True) if plan.carries else None
+        zeros = [None if t is None else torch.zeros_like(t) for t in (f.short, f.bias)]
+        poles = torch.zeros_like(f.log_time), torch.zeros_like(f.frequency), torch.zeros_like(f.residue)
+        return dx, *poles, zeros[0], None if f.scale is None else x.new_zeros(x.shape[2], 1), zeros[1]
+    sides = sides or sides_of(x, f, cu_seqlens, causal)
+    ahead = taps_ahead(f, causal)
+    du, dshort, dbias = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
+    like: Any = {"memory_format": torch.contiguous_format}
+    dtime, dturn, dc = (torch.empty_like(t, **like) for t in f[:3])
+    before: Tensor | None = None
+    met = x.contiguous()
+    segments = sides[0].plan.segments
+    shares = (
+        None if f.scale is None else torch.empty(len(sides), x.shape[2], segments, dtype=torch.float32, device=x.device)
+    )
+    for i, (side, kept) in enumerate(zip(sides, states.chunk(len(sides)), strict=True)):
+        found = dx if side is sides[-1] else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        adjoints = torch.empty_like(kept)
+        _scan(
+            du, found, met, adjoints, side.matrices, side.filter, side.plan, silu=False, save=True, reverse=True,
+            flipped=side.flipped, ahead=ahead, add=before, dscale=None if shares is None else shares[i],
+        )  # fmt: skip
+        before = found
+        _filter_sums(du, met, kept, adjoints, side, [t.chunk(len(sides))[i] for t in (dtime, dturn, dc)])
+    dscale = None if shares is None else shares[0] if causal else torch.cat(list(shares), 1)
+    return dx, dtime, dturn, dc, dshort, dscale, dbias
+
+
+def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: Side, poles: list[Tensor]) -> None:
+    """Fills `poles` with the gradients of log_time, frequency and residue."""
+    f, plan, _, flipped = side
+    blocks = modal_blocks_for(x.dtype, "sums")
     grid = _grid(blocks, plan)
     wide: Any = {"dtype": torch.float32, "device": x.device}
-    C, K = blocks.chunk, 0 if short is None else short.shape[1]
+    C = blocks.chunk
     shares = [torch.empty(grid[0], *shape, **wide) for shape in ((C, C), (C, plan.SP), (C, plan.SP), (2, plan.SP))]
-    channel = torch.empty((K + 2) * plan.segments, x.shape[2], **wide)
-    other = x if before is None else before
-    kernels.modal_backward[grid](
-        dy, x, other, states, x if starts is None else starts, dx, *m,
-        *(x if t is None else t.contiguous() for t in (short, scale)), x if plan.places is None else plan.places,
-        *shares, channel, *_common(x, plan), *dy.stride(), *x.stride(), *other.stride(), *dx.stride(), K=K,
-        SCALE=scale is not None, SILU=silu, CARRY=starts is not None, **_options(blocks, x, plan),
+    (du_start, du_strides), (x_start, x_strides) = view_of(du, flipped), view_of(x, flipped)
+    launch_sums(
+        grid,
+        (du_start, x_start, states, adjoints, x if f.scale is None else f.scale.contiguous(),
+         x if plan.places is None else plan.places, *shares),
+        (*_common(x, plan), *du_strides, *x_strides),
+        SCALE=f.scale is not None, **_options(blocks, x, plan),
     )  # fmt: skip
-    poles = torch.empty_like(log_time), torch.empty_like(frequency), torch.empty_like(residue)
-    kernels.modal_gradient[(groups,)](
-        *shares, log_time, frequency, residue, *poles, modes, plan.Q, grid[0] // plan.Q, plan.blocks, C=C, SP=plan.SP
-    )
-    per_tap, per_channel = channel[: K * plan.segments], channel[K * plan.segments :].view(2, plan.segments, -1)
-    dshort = None if short is None else per_tap.view(plan.segments, -1, K).sum(0).to(short.dtype)
-    dscale = None if scale is None else per_channel[0].sum(0).to(scale.dtype)
-    return dx, *poles, dshort, dscale, None if bias is None else per_channel[1].sum(0).to(bias.dtype)
+    groups, modes = f.log_time.shape
+    launch_gradient(
+        (groups,), (*shares, *(t.contiguous() for t in f[:3]), *poles),
+        (modes, plan.Q, grid[0] // plan.Q, plan.blocks), C=C, SP=plan.SP, STRICT=flipped,
+    )  # fmt: skip
+
+
+def _short_sums(
+    dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool, ahead: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy behind SiLU(u), and the gradients of the short taps and the bias."""
+    if not silu and f.short is None and f.bias is None:
+        return dy, None, None
+    channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]
+    before = u if silu else dy
+    du = torch.empty_like(u) if silu else dy
+    d_blocks = ceil_div(channels, SHORT_CHANNELS)
+    shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
+    launch_short_sums(
+        (plan.segments * SHORT_PARTS * d_blocks,),
+        (dy, before, x, du, x if plan.places is None else plan.places, shares),
+        (x.shape[1], channels, plan.segments, plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(),
+         *x.stride()),
+        C=64, K=K, AHEAD=ahead, PARTS=SHORT_PARTS, SILU=silu, PACKED=plan.places is not None,
+        BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
+    )  # fmt: skip
+    found = shares.sum(0)
+    dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)
+    return du, dshort, None if f.bias is None else found[channels * K :].to(f.bias.dtype)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend, traced
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.packing import check_cu_seqlens, unread
 
-from .reference import modal_conv_reference, modal_taps
+from .reference import modal_conv_reference
 
 MAX_SHORT = 8
 
@@ -37,7 +36,7 @@ def modal_conv(
     residue; D / G neighbouring channels share one. The result is `long_conv`'s with these taps, causal bit for bit, but
     no tap beyond one chunk of 64 is ever formed: a chunk's own tokens meet a triangular matrix, all before it a state
     of the modes (formulas in `reference.py`). In bf16 and fp16 the chunk's matrices are rounded to x's dtype; states
-    stay in fp32. The kernels look one way: two-sided filters are made whole there and go through `long_conv`.
+    stay in fp32.
 
     Args:
         x: `[B, T, D]`, floating point; read fastest where the channels are contiguous.
@@ -86,42 +85,14 @@ def modal_conv(
             return modal_conv_reference(x, *inputs, silu, causal)
         pairs = [(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
         return torch.cat([modal_conv_reference(x[:, a:b], *inputs, silu, causal) for a, b in pairs], dim=1)
-    if not causal:
-        return _by_taps(x, *inputs, silu, cu_seqlens)
     from . import ops_modal as ops
 
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs))
     if traced(x):
-        return ops.forward_op(x, *inputs, cu_seqlens, silu, learns)[0]
+        return ops.forward_op(x, *inputs, cu_seqlens, silu, causal, learns)[0]
     if learns:
-        return ops.Eager.apply(x, *inputs, cu_seqlens, silu)
-    return ops.forward(x, *inputs, cu_seqlens, silu, False)[0]
-
-
-def _by_taps(
-    x: Tensor,
-    log_time: Tensor,
-    frequency: Tensor,
-    residue: Tensor,
-    short: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    silu: bool,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """A two-sided filter as a whole, through `long_conv`: the kernels for modes look one way."""
-    from . import long_conv
-
-    half = 0 if short is None else short.shape[1] // 2
-    length = max(x.shape[1], half + 1)
-    times, turns, residues = (t.float().chunk(2) for t in (log_time, frequency, residue))
-    ahead, behind = (modal_taps(times[side], turns[side], residues[side], length) for side in (0, 1))
-    taps = torch.cat([behind[:, 1:].flip(-1), ahead], -1).repeat_interleave(x.shape[2] // len(ahead), 0)
-    if scale is not None:
-        taps = taps * scale.float()[:, None]
-    if short is not None:
-        taps = taps + F.pad(short.float(), (length - 1 - half, length - 1 - half))
-    return long_conv(x, taps, None if bias is None else bias.float(), causal=False, silu=silu, cu_seqlens=cu_seqlens)
+        return ops.Eager.apply(x, *inputs, cu_seqlens, silu, causal)
+    return ops.forward(x, *inputs, cu_seqlens, silu, causal, False)[0]
 
 
 def short_modal_conv(
@@ -138,6 +109,12 @@ def short_modal_conv(
 ) -> Tensor:
     """`modal_conv` of branches that are not folded yet: short kernels `[D, k]` under the first rows of scales
     `[len(kernels) + 1, D]`, the modal filter under the last. Otherwise as `modal_conv`."""
+    inputs = (x, log_time, frequency, residue, scales, bias, *kernels)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if learns and kernels and not traced(x) and backend(x.device, x.dtype) == "triton":
+        from . import ops_modal as ops
+
+        return ops.Branches.apply(x, log_time, frequency, residue, scales, bias, silu, causal, *kernels)
     widest = max([1, *(kernel.shape[1] for kernel in kernels)])
     length = widest if causal else (widest + 1) // 2
     short = folded_taps(None, length=length, scales=scales, kernels=kernels, causal=causal) if kernels else None

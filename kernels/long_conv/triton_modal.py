@@ -11,13 +11,19 @@ S2 = (-im, re), so that turning by p^C = a + i b needs no exchange of rows: S1 <
 Columns come first in the products because an accumulator [N, ...] is a left operand of the next product as it lies.
 
 Where rows are few, the tokens are cut into segments that run side by side: `modal_ends` finds the state each segment
-adds, `modal_carry` strings them together. The backward pass runs the same scan against time over the adjoint states
-L, L_n = turn^T L_(n+1) + out^T dU, reads the states that the forward pass left at each chunk, and gathers
+adds, `modal_carry` strings them together. `modal_scan` then goes through each segment.
 
-    dnear = dU (scale X)^T     dout = dU (scale S)^T     dinto = (scale X) L^T     dturn = L . (scale S)
+The gradient of x is the same scan against time (REVERSE) with `into` and `out` exchanged and near transposed, over the
+adjoint states L: L_n = turn^T L_(n+1) + out^T dU; what it finds, times x, sums up to the scale's gradient. With the
+states that both scans leave at each chunk, all other gradients are sums over chunks in any order, which `modal_sums`
+takes in a fixed one, program by program,
 
-per program in a fixed order; `modal_gradient` sums them and takes them on to the poles and residues. Short taps run on
-the ordinary cores: 8 rows one token apart are held at once, so that each input is read (7 + taps) / 8 times.
+    dnear = (scale dU) X^T     dout = (scale dU) S^T     dinto = X (scale L)^T     dturn = (scale L) . S
+
+and `modal_gradient` adds up and takes on to the poles and residues. Short taps run on the ordinary cores: 8 rows one
+token apart are held at once, so that each input is read (7 + taps) / 8 times. `short_sums` takes their gradient and the
+bias' in the pass that takes dy back through SiLU. A two-sided filter is two scans, the second over the tokens in
+reverse order (negative strides), which adds to what the first left in fp32.
 """
 
 # Triton unrolls loops over tuples that grow: joined with +, since it does not unpack them, and of no one type.
@@ -55,8 +61,10 @@ def _modes(log_time, frequency, residue, g, s, M, SP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "size"])
-def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size, C: tl.constexpr, SP: tl.constexpr):
-    """Of one group: taps `[C]`; into, out `[2, C, SP]`, for S1 and for S2; turn `[2, 2, SP]`, by C and size tokens."""
+def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size, C: tl.constexpr, SP: tl.constexpr,
+                   STRICT: tl.constexpr):  # fmt: skip
+    """Of one group: taps `[C]`; into, out `[2, C, SP]`, for S1 and for S2; turn `[2, 2, SP]`, by C and size tokens.
+    STRICT: the tap at lag 0 is 0."""
     g = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SP)
     r = tl.arange(0, C)
@@ -76,7 +84,8 @@ def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size,
     tl.store(out + tile + C * SP, tl.where(real, -w_im, -w_re).to(out.dtype.element_ty))
 
     z_re, z_im = _power(log_radius[None, :], turns[None, :], r[:, None])
-    tl.store(taps + g * C + r, tl.sum(tl.where(real, c_re * z_re - c_im * z_im, 0.0), 1))
+    tap = tl.sum(tl.where(real, c_re * z_re - c_im * z_im, 0.0), 1)
+    tl.store(taps + g * C + r, tl.where(r > 0, tap, 0.0) if STRICT else tap)
 
     at = turn + g * (4 * SP) + s
     z_re, z_im = _power(log_radius, turns, tl.full((SP,), C, tl.int32))
@@ -103,14 +112,14 @@ def _columns(places, T, D, R, Q, segments, per_row, size, blocks, C: tl.constexp
     live = (segment < segments) & (channel < R)
     if PACKED:
         begin = tl.load(places + segment, live, other=0)
-        before = tl.load(places + segments + segment, live, other=0)
-        left = tl.load(places + 2 * segments + segment, live, other=0)
+        before = tl.load(places + segments + segment, live, other=0).to(tl.int32)
+        left = tl.load(places + 2 * segments + segment, live, other=0).to(tl.int32)
         slot = tl.load(places + 3 * segments + segment, live, other=0)
         row = begin * 0
     else:
         row = (segment // per_row).to(tl.int64)
-        before = tl.where(live, (segment % per_row).to(tl.int64) * size, 0)  # a dead column has no token
-        begin = before
+        before = tl.where(live, segment % per_row * size, 0)  # a dead column reads nothing, ahead of it neither
+        begin = before.to(tl.int64)
         left = tl.where(live, T - before, 0)
         slot = row * ((T + C - 1) // C) + before // C
     d = (g * R + channel).to(tl.int64)
@@ -136,29 +145,16 @@ def _join_run(t):
 
 
 @triton.jit
-def _sum_runs(x):
-    """`[C, N]` summed over runs of RUN tokens: `[C / RUN, N]`."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // RUN, RUN, x.shape[1])), 1)
-
-
-@triton.jit
 def _near(taps, g, row, column, C: tl.constexpr):
     lag = row - column
     return tl.load(taps + g * C + lag, lag >= 0, other=0.0)
 
 
-@triton.jit
-def _silu_gradient(u):
-    gate = 1 / (1 + tl.exp(-u))
-    return gate * (1 + u * (1 - gate))
-
-
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_ends(x, u, ends, into, turn, places, T, D, R, Q, segments, per_row, size, blocks, x_b, x_t, x_d, u_b, u_t,
-               u_d, C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SILU: tl.constexpr,
-               REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
-    """What each segment adds to the state, `[segments, Q, CB, SP]`; REVERSE: against time, of x = dy under SiLU'(u)."""
+def modal_ends(x, ends, into, turn, places, T, D, R, Q, segments, per_row, size, blocks, x_b, x_t, x_d,
+               C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
+               PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """What each segment adds to the state, `[segments, Q, CB, SP]`; REVERSE: against time."""
     g, q, segment, d, _, row, begin, _, left, _ = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
@@ -170,18 +166,13 @@ def modal_ends(x, u, ends, into, turn, places, T, D, R, Q, segments, per_row, si
     S1 = tl.zeros((N, SP), tl.float32)
     S2 = tl.zeros((N, SP), tl.float32)
     x += row * x_b + begin * x_t + d * x_d
-    u += row * u_b + begin * u_t + d * u_d
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
     for c in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:
             c = chunks - 1 - c
         t = c * C + r
         held = t[:, None] < left[None, :]
-        X = tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0)
-        if SILU:
-            U = tl.load(u[None, :] + t.to(tl.int64)[:, None] * u_t, held, other=0.0).to(tl.float32)
-            X = X.to(tl.float32) * _silu_gradient(U)
-        XT = tl.trans(X.to(dtype))
+        XT = tl.trans(tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0).to(dtype))
         A1, A2 = a * S1 + b * S2, a * S2 - b * S1
         S1 = tl.dot(XT, V1, A1, input_precision=PRECISION)
         S2 = tl.dot(XT, V2, A2, input_precision=PRECISION)
@@ -220,23 +211,50 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
         S1, S2 = a * S1 + b * S2 + E1, a * S2 - b * S1 + E2
 
 
+@triton.jit
+def _tile_of(x, t, left, x_t):
+    """x at tokens t `[C]` of a segment, `[C, N]`; zero where there is none."""
+    seen = (t >= 0)[:, None] & (t[:, None] < left[None, :])
+    return tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, seen, other=0.0)
+
+
+@triton.jit
+def _run_of(x, t, before, left, x_t, K: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
+    """What K short taps at tokens t .. t + RUN - 1 meet, one token apart: a tuple of RUN + K - 1 tiles."""
+    run = ()
+    for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
+        at = t + (j - AHEAD if REVERSE else j - (K - 1) + AHEAD)
+        seen = (at[:, None] + before[None, :] >= 0) & (at[:, None] < left[None, :])
+        run = run + (tl.load(x[None, :] + at.to(tl.int64)[:, None] * x_t, seen, other=0.0),)
+    return run
+
+
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_forward(x, y, u, states, starts, taps, into, out, turn, short, scale, bias, places, T, D, R, Q, segments,
-                  per_row, size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
-                  C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                  SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr,
-                  PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each chunk's state."""
+def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale, bias, dscale, places, T, D, R, Q,
+               segments, per_row, size, blocks, x_b, x_t, x_d, y_b, y_t, y_d,
+               C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+               AHEAD: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+               SAVE: tl.constexpr, CARRY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+               PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each chunk's state.
+
+    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged. With SCALE saved
+    states are scaled, and `u`, which then is what the filter met, laid out as y, fills `dscale [D, segments]`: <modal *
+    u, x> = <u, modal^T x>. AHEAD: short taps in front of lag 0. ADD: more summands of u, laid out as y."""
     g, q, segment, d, live, row, begin, before, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
     r, s = tl.arange(0, C), tl.arange(0, SP)
     H: tl.constexpr = C // RUN
+    SIGN: tl.constexpr = -1.0 if REVERSE else 1.0
     dtype = into.dtype.element_ty
     tile = g * (2 * C * SP) + r[:, None] * SP + s[None, :]
     V1, V2 = tl.load(into + tile), tl.load(into + tile + C * SP)
     WT = tl.load(out + g * (2 * C * SP) + r[None, :] * SP + s[:, None])
-    NT = _near(taps, g, r[None, :], r[:, None], C).to(dtype)
+    if REVERSE:
+        NT = _near(taps, g, r[:, None], r[None, :], C).to(dtype)
+    else:
+        NT = _near(taps, g, r[None, :], r[:, None], C).to(dtype)
     a, b = tl.load(turn + g * (4 * SP) + s)[None, :], tl.load(turn + g * (4 * SP) + SP + s)[None, :]
     S1 = tl.zeros((N, SP), tl.float32)
     S2 = tl.zeros((N, SP), tl.float32)
@@ -244,170 +262,193 @@ def modal_forward(x, y, u, states, starts, taps, into, out, turn, short, scale, 
         there = (segment < segments)[:, None]
         S1 = tl.load(_state_at(starts, segment, q, Q, SP, CB, N, False), there, other=0.0)
         S2 = tl.load(_state_at(starts, segment, q, Q, SP, CB, N, True), there, other=0.0)
-        S2 *= tl.where(s < SP // 2, -1.0, 1.0)[None, :]
+        S2 *= tl.where(s < SP // 2, -SIGN, SIGN)[None, :]
     x += row * x_b + begin * x_t + d * x_d
     y += row * y_b + begin * y_t + d * y_d
     u += row * y_b + begin * y_t + d * y_d
+    add += row * y_b + begin * y_t + d * y_d
     factor = tl.full((N,), 1.0, tl.float32)
     if SCALE:
         factor = tl.load(scale + d, live, other=0.0).to(tl.float32)
     shift = tl.zeros((N,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, live, other=0.0).to(tl.float32)
+    acc_scale = tl.zeros((N,), tl.float32)
     h = tl.arange(0, H) * RUN
+    tap = ()
+    for k in tl.static_range(K):
+        tap = tap + (tl.load(short + d * K + k, live, other=0.0).to(tl.float32),)
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
-    for c in tl.range(0, chunks, num_stages=STAGES):
+    first = chunks - 1 if REVERSE else 0
+    next_tile = _tile_of(x, first * C + r, left, x_t)
+    next_run = _run_of(x, first * C + h, before, left, x_t, K, AHEAD, REVERSE)
+    if REVERSE and SCALE:
+        next_met = _tile_of(u, first * C + r, left, y_t)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        c = chunks - 1 - step if REVERSE else step
         t = c * C + r
         held = t[:, None] < left[None, :]
-        XT = tl.trans(tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0))
+        XT = tl.trans(next_tile.to(dtype))
+        run = next_run
+        # The next chunk is on its way while this one is multiplied: no load goes past the stores below.
+        after = c - 1 if REVERSE else c + 1
+        next_tile = _tile_of(x, after * C + r, left, x_t)
+        next_run = _run_of(x, after * C + h, before, left, x_t, K, AHEAD, REVERSE)
+        if REVERSE and SCALE:
+            met = next_met
+            next_met = _tile_of(u, after * C + r, left, y_t)
         if SAVE:
             at = _state_at(states, slot + c, q, Q, SP, CB, N, False)
-            tl.store(at, S1.to(dtype), (live & (c * C < left))[:, None])
+            kept = S1 * factor[:, None] if REVERSE and SCALE else S1
+            tl.store(at, kept.to(dtype), (live & (c * C < left))[:, None])
         acc = tl.dot(XT, NT, input_precision=PRECISION)
         acc = tl.dot(S1.to(dtype), WT, acc, input_precision=PRECISION)
         A1, A2 = a * S1 + b * S2, a * S2 - b * S1
         S1 = tl.dot(XT, V1, A1, input_precision=PRECISION)
         S2 = tl.dot(XT, V2, A2, input_precision=PRECISION)
-        total = tl.trans(acc) * factor[None, :] + shift[None, :]
+        total = tl.trans(acc)
+        if REVERSE and SCALE:
+            acc_scale += tl.sum(total * met.to(tl.float32), 0)
+        total = total * factor[None, :] + shift[None, :]
         if K > 0:
-            xs = ()
-            for j in tl.static_range(RUN + K - 1):
-                tt = c * C + h + (j - (K - 1))
-                seen = (tt[:, None] + before[None, :] >= 0) & (tt[:, None] < left[None, :])
-                xs = xs + (tl.load(x[None, :] + tt.to(tl.int64)[:, None] * x_t, seen, other=0.0).to(tl.float32),)
             sums = ()
             for j in tl.static_range(RUN):
                 part = tl.zeros((H, N), tl.float32)
                 for k in tl.static_range(K):
-                    part += xs[j + K - 1 - k] * tl.load(short + d * K + k, live, other=0.0).to(tl.float32)[None, :]
+                    part += run[j + (k if REVERSE else K - 1 - k)].to(tl.float32) * tap[k][None, :]
                 sums = sums + (part,)
             total += _join_run(sums)
         at = t.to(tl.int64)[:, None] * y_t
+        if ADD:
+            total += tl.load(add[None, :] + at, held, other=0.0).to(tl.float32)
         if SILU:
             if SAVE:
                 tl.store(u[None, :] + at, total.to(dtype), held)
             total = total / (1 + tl.exp(-total))
-        tl.store(y[None, :] + at, total.to(dtype), held)
+        tl.store(y[None, :] + at, total.to(y.dtype.element_ty), held)
+    if REVERSE and SCALE:
+        tl.store(dscale + d * segments + segment, acc_scale, live)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
-def modal_backward(dy, x, u, states, starts, dx, taps, into, out, turn, short, scale, places, dnear, dinto, dout, dturn,
-                   dchannel, T, D, R, Q, segments, per_row, size, blocks, g_b, g_t, g_d, x_b, x_t, x_d, u_b, u_t, u_d,
-                   y_b, y_t, y_d,
-                   C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                   SCALE: tl.constexpr, SILU: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
-                   PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """dx, and this program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`; per segment and
-    channel, in dchannel, short taps `[segments, D, K]`, scale and bias `[segments, D]` one behind the other."""
+def modal_sums(du, x, states, adjoints, scale, places, dnear, dinto, dout, dturn, T, D, R, Q, segments, per_row,
+               size, blocks, g_b, g_t, g_d, x_b, x_t, x_d,
+               C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
+               PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """This program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`."""
     pid = tl.program_id(0).to(tl.int64)
-    g, q, segment, d, live, row, begin, before, left, slot = _columns(
+    _, q, _, d, live, row, begin, _, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
     r, s = tl.arange(0, C), tl.arange(0, SP)
-    H: tl.constexpr = C // RUN
-    AHEAD: tl.constexpr = K - 1 if K > 0 else 0
-    dtype = into.dtype.element_ty
-    tile = g * (2 * C * SP) + r[:, None] * SP + s[None, :]
-    W1, W2 = tl.load(out + tile), tl.load(out + tile + C * SP)
-    VT = tl.load(into + g * (2 * C * SP) + r[None, :] * SP + s[:, None])
-    near = _near(taps, g, r[:, None], r[None, :], C).to(dtype)
-    a, b = tl.load(turn + g * (4 * SP) + s)[None, :], tl.load(turn + g * (4 * SP) + SP + s)[None, :]
-    there = (segment < segments)[:, None]
-    L1 = tl.zeros((N, SP), tl.float32)
-    L2 = tl.zeros((N, SP), tl.float32)
-    if CARRY:
-        L1 = tl.load(_state_at(starts, segment, q, Q, SP, CB, N, False), there, other=0.0)
-        L2 = tl.load(_state_at(starts, segment, q, Q, SP, CB, N, True), there, other=0.0)
-        L2 *= tl.where(s < SP // 2, 1.0, -1.0)[None, :]
-    dy += row * g_b + begin * g_t + d * g_d
+    dtype = states.dtype.element_ty
+    du += row * g_b + begin * g_t + d * g_d
     x += row * x_b + begin * x_t + d * x_d
-    u += row * u_b + begin * u_t + d * u_d
-    dx += row * y_b + begin * y_t + d * y_d
     factor = tl.full((N,), 1.0, tl.float32)
     if SCALE:
         factor = tl.load(scale + d, live, other=0.0).to(tl.float32)
-    h = tl.arange(0, H) * RUN
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
     acc_near = tl.zeros((C, C), tl.float32)
     acc_into = tl.zeros((C, SP), tl.float32)
     acc_out = tl.zeros((C, SP), tl.float32)
     turn_re = tl.zeros((N, SP), tl.float32)
     turn_im = tl.zeros((N, SP), tl.float32)
-    acc_scale = tl.zeros((H, N), tl.float32)
-    acc_bias = tl.zeros((H, N), tl.float32)
-    acc_short = ()
-    for _ in tl.static_range(K):
-        acc_short = acc_short + (tl.zeros((H, N), tl.float32),)
-    for step in tl.range(0, chunks, num_stages=STAGES):
-        c = chunks - 1 - step
-        xs = ()
-        for j in tl.static_range(RUN + AHEAD):
-            tt = c * C + h + (j - AHEAD)
-            seen = (tt[:, None] + before[None, :] >= 0) & (tt[:, None] < left[None, :])
-            xs = xs + (tl.load(x[None, :] + tt.to(tl.int64)[:, None] * x_t, seen, other=0.0).to(tl.float32),)
-        du = ()
-        for j in tl.static_range(RUN + AHEAD):
-            tt = c * C + h + j
-            seen = tt[:, None] < left[None, :]
-            grad = tl.load(dy[None, :] + tt.to(tl.int64)[:, None] * g_t, seen, other=0.0).to(tl.float32)
-            if SILU:
-                before_silu = tl.load(u[None, :] + tt.to(tl.int64)[:, None] * u_t, seen, other=0.0).to(tl.float32)
-                grad = grad * _silu_gradient(before_silu)
-            du = du + (grad,)
-        sums = ()
-        for j in tl.static_range(RUN):
-            acc_bias += du[j]
-            part = tl.zeros((H, N), tl.float32)
-            for k in tl.static_range(K):
-                part += du[j + k] * tl.load(short + d * K + k, live, other=0.0).to(tl.float32)[None, :]
-            sums = sums + (part,)
-        news = ()
-        for k in tl.static_range(K):
-            new = acc_short[k]
-            for j in tl.static_range(RUN):
-                new += du[j] * xs[j + AHEAD - k]
-            news = news + (new,)
-        acc_short = news
-        wide = _join_run((xs[AHEAD], xs[AHEAD + 1], xs[AHEAD + 2], xs[AHEAD + 3], xs[AHEAD + 4], xs[AHEAD + 5],
-                          xs[AHEAD + 6], xs[AHEAD + 7]))  # fmt: skip
-        X = (wide * factor[None, :]).to(dtype)
-        G = _join_run((du[0], du[1], du[2], du[3], du[4], du[5], du[6], du[7])).to(dtype)
-        GT = tl.trans(G)
-        back = tl.dot(GT, near, input_precision=PRECISION)
-        L1_low = L1.to(dtype)
-        back = tl.trans(tl.dot(L1_low, VT, back, input_precision=PRECISION))
-        total = back * factor[None, :]
-        if K > 0:
-            total += _join_run(sums)
+    for c in tl.range(0, chunks, num_stages=STAGES):
         t = c * C + r
-        tl.store(dx[None, :] + t.to(tl.int64)[:, None] * y_t, total.to(dtype), t[:, None] < left[None, :])
+        held = t[:, None] < left[None, :]
+        G = tl.load(du[None, :] + t.to(tl.int64)[:, None] * g_t, held, other=0.0)
+        X = tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0)
+        here = (live & (c * C < left))[:, None]
+        S = tl.load(_state_at(states, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
+        L = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
+        L2 = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, True), here, other=0.0).to(tl.float32)
+        turn_re += L.to(tl.float32) * S.to(tl.float32)
+        turn_im += L2 * S.to(tl.float32)
         if SCALE:
-            acc_scale += _sum_runs(wide * back)
-        at = _state_at(states, slot + c, q, Q, SP, CB, N, False)
-        S = tl.load(at, (live & (c * C < left))[:, None], other=0.0).to(tl.float32) * factor[:, None]
-        acc_near = tl.dot(G, tl.trans(X), acc_near, input_precision=PRECISION)
-        acc_out = tl.dot(G, S.to(dtype), acc_out, input_precision=PRECISION)
-        acc_into = tl.dot(X, L1_low, acc_into, input_precision=PRECISION)
-        turn_re += L1 * S
-        turn_im += L2 * S
-        A1, A2 = a * L1 + b * L2, a * L2 - b * L1
-        L1 = tl.dot(GT, W1, A1, input_precision=PRECISION)
-        L2 = tl.dot(GT, W2, A2, input_precision=PRECISION)
+            G = G.to(tl.float32) * factor[None, :]
+        acc_near = tl.dot(G.to(dtype), tl.trans(X), acc_near, input_precision=PRECISION)
+        acc_out = tl.dot(G.to(dtype), S, acc_out, input_precision=PRECISION)
+        acc_into = tl.dot(X, L, acc_into, input_precision=PRECISION)
     tl.store(dnear + pid * (C * C) + r[:, None] * C + r[None, :], acc_near)
     tl.store(dinto + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_into)
     tl.store(dout + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_out)
     tl.store(dturn + pid * (2 * SP) + s, tl.sum(turn_re, 0))
-    tl.store(dturn + pid * (2 * SP) + SP + s, tl.sum(turn_im, 0))
-    at = dchannel + segment * D + d
+    # L2 holds L with re and im exchanged, without the sign that i L has.
+    tl.store(dturn + pid * (2 * SP) + SP + s, tl.sum(turn_im, 0) * tl.where(s < SP // 2, 1.0, -1.0))
+
+
+@triton.jit(do_not_specialize=["T", "segments", "per_row"])
+def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_blocks, g_b, g_t, g_d, u_b, u_t, u_d,
+               x_b, x_t, x_d, C: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
+               SILU: tl.constexpr, PACKED: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """SILU: du = dy SiLU'(u), laid out as u. A row of shares, for each of PARTS parts of a segment: what its tokens
+    give the short taps `[D, K]`, and behind them the bias `[D]`."""
+    pid = tl.program_id(0)
+    d = (pid % d_blocks * BD + tl.arange(0, BD)).to(tl.int64)
+    there = (d < D)[None, :]
+    share = pid // d_blocks
+    segment, part = share // PARTS, share % PARTS
+    if PACKED:
+        begin = tl.load(places + segment)
+        before = tl.load(places + segments + segment).to(tl.int32)
+        left = tl.load(places + 2 * segments + segment).to(tl.int32)
+        row = begin * 0
+    else:
+        row = (segment // per_row).to(tl.int64)
+        before = segment % per_row * size
+        begin = before.to(tl.int64)
+        left = T - before
+    H: tl.constexpr = C // RUN
+    h = tl.arange(0, H)[:, None] * RUN
+    dy += row * g_b + begin * g_t + d[None, :] * g_d
+    u += row * u_b + begin * u_t + d[None, :] * u_d
+    du += row * u_b + begin * u_t + d[None, :] * u_d
+    x += row * x_b + begin * x_t + d[None, :] * x_d
+    acc_bias = tl.zeros((H, BD), tl.float32)
+    accs = ()
+    for _ in tl.static_range(K):
+        accs = accs + (tl.zeros((H, BD), tl.float32),)
+    chunks = (tl.minimum(left, size) + C - 1).to(tl.int32) // C
+    for c in range(chunks * part // PARTS, chunks * (part + 1) // PARTS):
+        first = c * C + h
+        xs = ()
+        for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
+            t = first + (j - (K - 1) + AHEAD)
+            seen = there & (t + before >= 0) & (t < left)
+            xs = xs + (tl.load(x + t.to(tl.int64) * x_t, seen, other=0.0).to(tl.float32),)
+        # All loads of a chunk before its first store: the compiler takes none past a store, and each would wait alone.
+        grads = ()
+        values = ()
+        for j in tl.static_range(RUN):
+            t = first + j
+            seen = there & (t < left)
+            grads = grads + (tl.load(dy + t.to(tl.int64) * g_t, seen, other=0.0),)
+            if SILU:
+                values = values + (tl.load(u + t.to(tl.int64) * u_t, seen, other=0.0),)
+        for j in tl.static_range(RUN):
+            grad = grads[j].to(tl.float32)
+            if SILU:
+                t = first + j
+                value = values[j].to(tl.float32)
+                gate = 1 / (1 + tl.exp(-value))
+                grad = (grad * gate * (1 + value * (1 - gate))).to(du.dtype.element_ty)
+                tl.store(du + t.to(tl.int64) * u_t, grad, there & (t < left))
+                grad = grad.to(tl.float32)
+            acc_bias += grad
+            news = ()
+            for k in tl.static_range(K):
+                news = news + (accs[k] + grad * xs[j + K - 1 - k],)
+            accs = news
+    held = d < D
+    shares += share.to(tl.int64) * D * (K + 1)
     for k in tl.static_range(K):
-        tl.store(dchannel + (segment * D + d) * K + k, tl.sum(acc_short[k], 0), live)
-    tl.store(at + K * segments * D, tl.sum(acc_scale, 0), live)
-    tl.store(at + (K + 1) * segments * D, tl.sum(acc_bias, 0), live)
+        tl.store(shares + d * K + k, tl.sum(accs[k], 0), held)
+    tl.store(shares + D * K + d, tl.sum(acc_bias, 0), held)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, M, Q,
-                   parts, blocks, C: tl.constexpr, SP: tl.constexpr):  # fmt: skip
+                   parts, blocks, C: tl.constexpr, SP: tl.constexpr, STRICT: tl.constexpr):  # fmt: skip
     """Sums a group's shares and takes them on to its poles and residues.
 
     Every entry is a real function of z = p^lag: with G = dL/dRe z + i dL/dIm z, what it gives log|p| is
@@ -434,7 +475,10 @@ def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog
         turn_re += tl.load(dturn + pid * (2 * SP) + m) + tl.load(dturn + pid * (2 * SP) + H + m)
         turn_im += tl.load(dturn + pid * (2 * SP) + SP + m) + tl.load(dturn + pid * (2 * SP) + SP + H + m)
     rotated = tl.gather(N, (r[:, None] - r[None, :] + C) % C, 1)
-    dtaps = tl.sum(tl.where(r[:, None] >= r[None, :], rotated, 0.0), 0)[:, None]
+    dtaps = tl.sum(tl.where(r[:, None] >= r[None, :], rotated, 0.0), 0)
+    if STRICT:
+        dtaps = tl.where(r > 0, dtaps, 0.0)
+    dtaps = dtaps[:, None]
     log_radius, turns, live, re, im, loss = _modes(log_time, frequency, residue, g, m, M, SP)
     c_re, c_im = (re * loss)[None, :], (im * loss)[None, :]
 

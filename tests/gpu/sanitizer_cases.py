@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from chela_plugin import kernels
-from chela_plugin.kernels.add_norm import add_norm
+from chela_plugin.kernels.add_norm import add_norm, add_rms_norm
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
@@ -176,6 +176,7 @@ def norms(dtype: torch.dtype) -> None:
         scale, shift = random(72, dtype=torch.float32), random(72, dtype=torch.float32)
         both_ways(*add_norm(x, branch, scale, shift, dtype=dtype))
         both_ways(*add_norm(branch, None, scale, shift))
+        both_ways(*add_rms_norm(x, branch, scale))
 
 
 def never_launched() -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from chela_plugin.kernels.add_norm import add_norm
+from chela_plugin.kernels.add_norm import add_norm, add_rms_norm
 from chela_plugin.layers.residual import stands_for, sum_and_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,13 +32,16 @@ def draw(*shape):
 @pytest.mark.parametrize("dim", [1, 5, 70])
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("wanted", ["both", "norm", "sum"])
-def test_it_is_torchs_sum_and_norm_with_all_gradients(dim, branch, wanted):
-    x, weight, bias = draw(3, 7, dim), draw(dim), draw(dim)
-    given = [x, weight, bias, *([draw(3, 7, dim)] if branch else [])]
+@pytest.mark.parametrize("rms", [False, True])
+def test_it_is_torchs_sum_and_norm_with_all_gradients(rms, dim, branch, wanted):
+    x, weight = draw(3, 7, dim), draw(dim)
+    given = [x, weight, *([] if rms else [draw(dim)]), *([draw(3, 7, dim)] if branch else [])]
     twins = [t.detach().double().requires_grad_() for t in given]
-    s, y = add_norm(x, given[3] if branch else None, weight, bias)
-    total = twins[0] + twins[3] if branch else twins[0]
-    expected = F.layer_norm(total, (dim,), twins[1], twins[2])
+    other = given[-1] if branch else None
+    s, y = add_rms_norm(x, other, weight) if rms else add_norm(x, other, weight, given[2])
+    total = twins[0] + twins[-1] if branch else twins[0]
+    norm = F.rms_norm if rms else F.layer_norm
+    expected = norm(total, (dim,), *twins[1 : 2 if rms else 3], eps=1e-5)
     torch.testing.assert_close(s.double(), total, **FP32)
     torch.testing.assert_close(y.double(), expected, **FP32)
     outs = {"both": (0, 1), "norm": (1,), "sum": (0,)}[wanted]
@@ -70,6 +73,8 @@ def test_shapes_that_do_not_fit_are_one_clear_error():
     x = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"\[D\] = \[4\]"):
         add_norm(x, None, torch.zeros(5), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"\[D\] = \[4\]"):
+        add_rms_norm(x, None, torch.zeros(5))
     with pytest.raises(ValueError, match="of x's shape"):
         add_norm(x, torch.zeros(1, 4), torch.zeros(4), torch.zeros(4))
 

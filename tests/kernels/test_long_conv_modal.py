@@ -6,10 +6,12 @@ its own with TRITON_INTERPRET=1.
 
 import itertools
 import os
+import re
 
 import pytest
 import torch
 from torch.nn import functional as F
+from undefined_registers import sass_of, undefined
 
 from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import modal_conv, short_modal_conv
@@ -224,11 +226,11 @@ def test_the_operator_keeps_torchs_contract():
     from chela_plugin.kernels.long_conv import ops_modal
 
     leaves, dy = case(1, 5, 2, 1, 1, 2)
-    torch.library.opcheck(ops_modal.forward_op, (*leaves, None, True, True))
+    torch.library.opcheck(ops_modal.forward_op, (*leaves, None, True, True, True))
     with torch.no_grad():
-        _, u, states = ops_modal.forward(*leaves, None, True, True)
+        _, u, states = ops_modal.forward(*leaves, None, True, True, True)
     x, *rest = (t.detach() for t in leaves)
-    torch.library.opcheck(ops_modal.backward_op, (dy, x, u, states, *rest, None, True))
+    torch.library.opcheck(ops_modal.backward_op, (dy, x, u, states, *rest, None, True, True))
 
 
 @interpreted
@@ -278,3 +280,65 @@ def test_branches_fold_inside_with_all_gradients(silu):
     y = short_modal_conv(*wide[:4], kernels=wide[6:], scales=wide[4], bias=wide[5], silu=silu)
     for got, wanted in zip(found, with_gradients(y, wide, dy.double()), strict=True):
         assert error(got, wanted) < TOLERANCE[torch.float32]
+
+
+def fenced_too_late(ptx):
+    """How many groups of wgmma read shared memory whose stores no fence, and behind it no barrier, has passed."""
+    found, unfenced, unbarred = 0, False, False
+    for line in ptx.splitlines():
+        word = re.match(r"\s*(?:@%p\d+ )?(fence\.proxy\.async|wgmma\.mma_async|bar\.sync|st\.shared|stmatrix)", line)
+        name = word.group(1) if word else ""
+        if name in ("st.shared", "stmatrix"):
+            unfenced = True
+        elif name == "fence.proxy.async":
+            unfenced, unbarred = False, unbarred or unfenced
+        elif name == "bar.sync":
+            unbarred = False
+        elif name == "wgmma.mma_async":
+            found += unfenced or unbarred
+            unfenced = unbarred = False
+    return found
+
+
+@by_definition
+@pytest.mark.parametrize("name", ["modal_scan", "modal_sums"])
+def test_tensor_cores_read_what_is_there(name, tmp_path):
+    """Compiled for an H100: with its products in another order Triton 3.6 fenced one of `modal_sums` too late; in
+    another form ptxas 12.8 took an operand's address from a register that nothing had written."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from chela_plugin.kernels.long_conv import configs, triton_modal
+
+    kernel = getattr(triton_modal, name)
+    blocks = configs.modal_blocks_for(torch.bfloat16, "scan" if name == "modal_scan" else "sums")
+    given = {
+        "C": blocks.chunk,
+        "SP": 16,
+        "CB": 16,
+        "N": blocks.columns,
+        "K": 0,
+        "AHEAD": 0,
+        "ADD": False,
+        "SCALE": True,
+    }
+    given |= {"BIAS": True, "SILU": False, "SAVE": True, "CARRY": True, "REVERSE": False, "PACKED": False}
+    given |= {"PRECISION": "tf32", "STAGES": blocks.stages, "x_d": 1, "y_d": 1, "g_d": 1, "blocks": 1}
+    constants = {n: given[n] for n in kernel.arg_names if n in given}
+    halves = ("x", "y", "u", "add", "states", "into", "out", "du", "adjoints")
+    sums = ("starts", "taps", "turn", "short", "scale", "bias", "dnear", "dinto", "dout", "dturn", "dscale")
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(halves, "*bf16") | dict.fromkeys(sums, "*fp32")
+    types = {n: types[n] for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | {"places": "*i64"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if types[n].startswith("*") or n in ("D", "R", "Q", "size", "x_b", "x_t", "y_b", "y_t", "g_b", "g_t")
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": blocks.warps})
+    assert "wgmma" in compiled.asm["ptx"]
+    assert fenced_too_late(compiled.asm["ptx"]) == 0
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    assert undefined(sass_of(cubin)) == []

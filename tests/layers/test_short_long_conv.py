@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from chela_plugin.layers import ShortLongConv
+from chela_plugin.layers import ShortLongConv, short_long_conv
 from chela_plugin.layers.long_kernel import LONG_KERNELS
 from chela_plugin.layers.short_long_conv import two_sided
 
@@ -192,6 +192,18 @@ def test_a_structured_modal_convolution_equals_the_exact_one(norm, tokens):
         exact = conv.exact(x, False)
         torch.testing.assert_close(conv(x), exact, rtol=0, atol=tolerance)
         torch.testing.assert_close(conv(x, silu=True), F.silu(exact), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_long_two_sided_modal_convolution_equals_the_exact_one(folded, monkeypatch):
+    monkeypatch.setattr(short_long_conv, "TWO_SIDED_FROM", 150)
+    for dtype, tolerance in PRECISIONS:
+        conv = build(dtype, causal=False, long="modal")
+        x = torch.randn(2, 150, 8, dtype=dtype)
+        exact = conv.exact(x, False)
+        conv = conv.reparameterize() if folded else conv
+        assert conv.runs_structured(x) and not conv.runs_structured(x[:, 1:])
+        torch.testing.assert_close(conv(x), exact, rtol=0, atol=tolerance)
 
 
 def test_what_modal_states_cannot_carry_runs_by_the_exact_path():

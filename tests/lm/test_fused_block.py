@@ -9,27 +9,6 @@ pytest.importorskip("transformers")
 from chela_plugin.lm import ChelaConfig, ChelaForCausalLM, fused_block, model
 
 
-class Norm(torch.autograd.Function):
-    """fla's rms_norm with prenorm: also returns the sum that it normalised, and takes that sum's gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, prenorm):
-        assert prenorm and bias is None
-        total = x.clone() if residual is None else x + residual
-        ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.has_residual = eps, residual is not None
-        return F.rms_norm(total, weight.shape, weight, eps), total
-
-    @staticmethod
-    def backward(ctx, dy, dtotal):
-        total, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        with torch.enable_grad():
-            y = F.rms_norm(total, weight.shape, weight, ctx.eps)
-        dx, dweight = torch.autograd.grad(y, [total, weight], dy)
-        dx = dx + dtotal
-        return dx, dweight, None, dx if ctx.has_residual else None, None, None
-
-
 def swiglu(gate, up, output_contiguous):
     return F.silu(gate) * up
 
@@ -41,7 +20,7 @@ def swiglu_both(gate, up, d, use_weight, output_contiguous):
     return *torch.autograd.grad(hidden, [gate, up], d), hidden.detach()
 
 
-KERNELS = fused_block.Kernels(swiglu, swiglu_both, Norm.apply)
+KERNELS = fused_block.Kernels(swiglu, swiglu_both)
 
 
 def test_the_fused_block_has_the_composed_one_s_outputs_and_gradients(monkeypatch):

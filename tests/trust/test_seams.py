@@ -61,12 +61,6 @@ SEAMS = [
         "swiglu_fwdbwd",
         ["x", "y", "g", "use_weight", "output_contiguous"],
     ),
-    (
-        "chela_plugin/lm/fused_block.py",
-        "fla.modules.layernorm",
-        "rms_norm",
-        ["x", "weight", "bias", "residual", "eps", "prenorm"],
-    ),
 ]
 
 
