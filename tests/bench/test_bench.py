@@ -1,7 +1,6 @@
 """`chela bench` on a CPU: every suite runs, says what it skipped and why, and a run that is cut off keeps its rows."""
 
 import json
-import sys
 import time
 from types import SimpleNamespace
 
@@ -124,20 +123,9 @@ def test_what_can_not_be_captured_in_a_graph_is_still_timed_without_one(monkeypa
     assert "not permitted" in record["skipped"][0]["reason"]
 
 
-def test_a_record_names_mamba_ssm_s_code_after_its_import_without_the_extension(monkeypatch, tmp_path):
-    triton = tmp_path / "mamba_ssm" / "ops" / "triton"
-    triton.mkdir(parents=True)
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
-    (triton / "ssd_combined.py").write_text("")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "mamba_ssm"}
-    try:
-        assert peers.mamba_ssm_importable() is None
-        assert timing.conditions("abc", "cpu")["versions"]["mamba-ssm (source)"]
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
-            del sys.modules[name]
-        sys.modules.update(before)
+def test_a_record_names_mamba_ssm_s_code_after_its_import_without_the_extension(mamba_ssm_without_extension):
+    assert peers.mamba_ssm_importable() is None
+    assert timing.conditions("abc", "cpu")["versions"]["mamba-ssm (source)"]
 
 
 def test_processes_compile_every_configuration_once_and_go_on_with_one_that_runs(monkeypatch):

@@ -1,8 +1,5 @@
 """Which of other packages' kernels are used, where none can run: on a CPU."""
 
-import importlib.util
-import sys
-
 import pytest
 import torch
 
@@ -36,20 +33,11 @@ def test_a_package_that_breaks_on_import_is_shown_and_passed_over(monkeypatch, t
         assert peers.find.__wrapped__("broken") == (None, "AttributeError: ffi")
 
 
-def test_mamba_ssm_is_imported_past_its_own_front_door(monkeypatch, tmp_path):
-    """`import mamba_ssm` needs a CUDA extension that its Triton kernels don't."""
-    triton = tmp_path / "mamba_ssm" / "ops" / "triton"
-    triton.mkdir(parents=True)
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
-    (triton / "ssd_combined.py").write_text("def mamba_chunk_scan_combined(): return 'scan'")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", importlib.util.find_spec)
+def test_mamba_ssm_is_imported_past_its_own_front_door(mamba_ssm_without_extension):
     function, reason = peers.find.__wrapped__("mamba_chunk_scan_combined")
     assert reason == "" and function is not None and function() == "scan"
     with pytest.raises(ImportError, match="selective_scan_cuda"):
         import mamba_ssm  # noqa: F401
-    for name in [name for name in sys.modules if name.startswith("mamba_ssm.")]:
-        del sys.modules[name]  # else a later first import of fla finds the rest of a package that isn't there
 
 
 @pytest.mark.parametrize("spec", ["gla", "gated_deltanet", "mamba2", "mamba"])
