@@ -68,7 +68,8 @@ def test_every_suite_runs_at_small_sizes(suite, filters, wanted, tmp_path):
         assert counted == wanted
     assert all("CUDA" in row["reason"] for row in record["skipped"] if row["name"].startswith("fla"))
     kernels = {row["name"] for row in record["profile"]}
-    assert kernels == ({"chela", "chela(long=multiscale)"} if suite == "layers" else set())
+    profiled = {"layers": {"chela", "chela(long=multiscale)"}, "lm": {"chela", "attention"}}
+    assert kernels == profiled.get(suite, set())
     assert {"device", "versions", "revision", "source", "rounds"} <= record.keys()
 
 
