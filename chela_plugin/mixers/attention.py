@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.rotary import rotary_qkv
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.layers.plain import with_weights_of
-from chela_plugin.mixers.heads import divide
-from chela_plugin.mixers.rope import rotate
+from chela_plugin.mixers.heads import attention_heads
 
 
 class Attention(Mixer):
@@ -82,10 +82,8 @@ class Attention(Mixer):
 
     def mix(self, x: Tensor, *, mask: Tensor | None, cache: Cache | None, grid: tuple[int, int] | None) -> Tensor:
         batch, time, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, time, 3, self.num_heads, self.head_dim).unbind(2)
-        if self.rope:
-            position = self._positions(x, mask, cache)
-            q, k = rotate(q, position), rotate(k, position)
+        qkv = self.qkv(x).view(batch, time, 3, self.num_heads, self.head_dim)
+        q, k, v = rotary_qkv(qkv, self._positions(x, mask, cache)) if self.rope else qkv.unbind(2)
         if cache is not None and "place" in cache:
             k, v, visible = self._remember_in_place(k, v, mask, cache)
         else:
@@ -183,7 +181,6 @@ def attention(
         num_heads, head_dim: give one; by default heads are 64 wide (32 in models narrower than 128).
         rope: rotary positions; by default in causal models only, since vision hosts add position embeddings.
     """
-    widths = (64, 32, 16, 8) if dim >= 128 else (32, 16, 8)
-    heads = divide("attention", dim, num_heads, head_dim, widths)
+    heads = attention_heads("attention", dim, num_heads, head_dim)
     rope = causal if rope is None else rope
     return Attention(dim, causal=causal, num_heads=heads, rope=rope, depth=depth, device=device, dtype=dtype)

@@ -13,15 +13,14 @@ from chela_plugin.kernels.backend import computed_dtype
 from chela_plugin.kernels.gated_delta_rule import backend, gated_delta_rule, gated_delta_rule_step
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.initial import log_uniform_step_bias, reset_projections
-from chela_plugin.layers.long_kernel import no_weight_decay
+from chela_plugin.layers.long_kernel import no_weight_decay, precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
-from chela_plugin.mixers.heads import divide, expanded, heads_at_least
-from chela_plugin.mixers.linear_attention import empty_state
-from chela_plugin.mixers.recurrent import RecurrentMixer, recur
+from chela_plugin.mixers.heads import expanded, heads_at_least, key_value_heads
+from chela_plugin.mixers.recurrent import ConvolvedMixer, recur
 
 
-class GatedDeltaNet(RecurrentMixer):
+class GatedDeltaNet(ConvolvedMixer):
     """Gated DeltaNet (figure 1, right): a state that is corrected, not only added to, and forgets as a whole.
 
     `S_t = alpha_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T` (equation 10) with q, k, v each through a
@@ -42,7 +41,7 @@ class GatedDeltaNet(RecurrentMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, causal=causal, name="gated_deltanet")
+        super().__init__(dim, causal=causal, name="gated_deltanet", state=(num_heads, key_dim, value_dim))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         keys, values = num_heads * key_dim, num_heads * value_dim
         self.num_heads, self.key_dim, self.value_dim, self.depth = num_heads, key_dim, value_dim, depth
@@ -69,32 +68,20 @@ class GatedDeltaNet(RecurrentMixer):
         scan = backend(device, computed_dtype(self.proj.weight, device), self.key_dim)
         return self.conv.beside(scan, device)
 
-    def init_cache(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        return {
-            "conv": self.conv.init_state(batch_size, device=device, dtype=dtype),
-            "state": empty_state(self.proj.weight, shape, device, dtype),
-        }
-
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
-        qkv, seen = self.conv(self.qkv(x), None if cache is None else cache["conv"], length)
         keys = self.num_heads * self.key_dim
-        q, k, v = F.silu(qkv).split((keys, keys, self.num_heads * self.value_dim), dim=-1)
+        qkv = F.silu(self.convolve(self.qkv(x), length, cache))
+        q, k, v = qkv.split((keys, keys, self.num_heads * self.value_dim), dim=-1)
         # Autocast normalises in fp32; the kernels want one dtype.
         q = F.normalize(q.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1).to(v.dtype)
         k = F.normalize(k.unflatten(-1, (self.num_heads, self.key_dim)), dim=-1).to(v.dtype)
         v = v.unflatten(-1, (self.num_heads, self.value_dim))
-        precise = torch.promote_types(x.dtype, torch.float32)
-        beta = self.beta(x).to(precise).sigmoid()
-        step = F.softplus(self.alpha(x).to(precise) + self.step_bias.to(precise))
-        log_decay = -self.log_rate.to(precise).exp() * step
+        beta = precise(self.beta(x)).sigmoid()
+        step = F.softplus(precise(self.alpha(x)) + precise(self.step_bias))
+        log_decay = -precise(self.log_rate).exp() * step
         tokens = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
         still = ("beta", "log_decay")
         o = recur(gated_delta_rule, gated_delta_rule_step, tokens, length, cache, still=still)
-        if cache is not None:
-            cache["conv"] = seen
         return self.proj(self.norm(o.flatten(-2), self.g(x)))
 
 
@@ -123,16 +110,5 @@ def gated_deltanet(
     keys, values = expanded(name, dim, expand_k, "expand_k"), expanded(name, dim, expand_v, "expand_v")
     heads = heads_at_least(math.gcd(keys, values), max(64 * math.gcd(keys, values) // keys, 1), most=dim)
     heads = heads if num_heads is None else num_heads
-    divide(name, keys, heads, None, ())
-    divide(name, values, heads, None, ())
-    return GatedDeltaNet(
-        dim,
-        causal=causal,
-        num_heads=heads,
-        key_dim=keys // heads,
-        value_dim=values // heads,
-        taps=taps,
-        depth=depth,
-        device=device,
-        dtype=dtype,
-    )
+    sizes = key_value_heads(name, keys, values, heads)
+    return GatedDeltaNet(dim, causal=causal, **sizes, taps=taps, depth=depth, device=device, dtype=dtype)

@@ -13,10 +13,11 @@ from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.backend import computed_dtype
 from chela_plugin.kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from chela_plugin.layers.initial import reset_projections
+from chela_plugin.layers.long_kernel import precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
-from chela_plugin.mixers.heads import check_head_widths, divide, expanded, fewest_heads, heads_at_least
-from chela_plugin.mixers.linear_attention import attend, empty_state
+from chela_plugin.mixers.heads import check_head_widths, expanded, fewest_heads, heads_at_least, key_value_heads
+from chela_plugin.mixers.linear_attention import attend
 from chela_plugin.mixers.recurrent import RecurrentMixer, recur
 
 GATE_RANK = 16  # section 4.4: the decay's projection has low rank, to spare parameters
@@ -44,7 +45,7 @@ class GatedLinearAttention(RecurrentMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, causal=causal, name="gla")
+        super().__init__(dim, causal=causal, name="gla", state=(num_heads, key_dim, value_dim))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         keys, values = num_heads * key_dim, num_heads * value_dim
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
@@ -70,18 +71,11 @@ class GatedLinearAttention(RecurrentMixer):
         dtype = computed_dtype(self.proj.weight, device)
         return channel_decay.backend(device, dtype) if self.decay == "channel" else kernel.backend(device, dtype)
 
-    def init_cache(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        return {"state": empty_state(self.proj.weight, shape, device, dtype)}
-
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
         q = self.q(x).unflatten(-1, (self.num_heads, self.key_dim))
         k = self.k(x).unflatten(-1, (self.num_heads, self.key_dim))
         v = self.v(x).unflatten(-1, (self.num_heads, self.value_dim))
-        alpha = self.alpha(self.narrow(x))
-        log_decay = F.logsigmoid(alpha.to(torch.promote_types(alpha.dtype, torch.float32))) / GATE_NORMALIZER
+        log_decay = F.logsigmoid(precise(self.alpha(self.narrow(x)))) / GATE_NORMALIZER
         if self.decay == "head":
             o = attend(q, k, v, log_decay, cache, scale=None, length=length)
         else:
@@ -118,18 +112,7 @@ def gla(
     if heads is None:
         heads = heads_at_least(keys, 64, most=4)
         heads = fewest_heads(heads, keys, values) if decay == "head" else heads
-    divide("gla", keys, heads, None, ())
-    divide("gla", values, heads, None, ())
+    sizes = key_value_heads("gla", keys, values, heads)
     if decay == "head":
-        check_head_widths("gla(decay=head)", keys // heads, values // heads)
-    return GatedLinearAttention(
-        dim,
-        causal=causal,
-        num_heads=heads,
-        key_dim=keys // heads,
-        value_dim=values // heads,
-        decay=decay,
-        depth=depth,
-        device=device,
-        dtype=dtype,
-    )
+        check_head_widths("gla(decay=head)", sizes["key_dim"], sizes["value_dim"])
+    return GatedLinearAttention(dim, causal=causal, **sizes, decay=decay, depth=depth, device=device, dtype=dtype)

@@ -37,6 +37,18 @@ def divide(mixer: str, width: int, num_heads: int | None, head_dim: int | None, 
     raise ValueError(f"{mixer}: {width} channels are not divisible by {asked}; choose one of {divisors(width)}")
 
 
+def attention_heads(mixer: str, dim: int, num_heads: int | None, head_dim: int | None) -> int:
+    """`divide` for softmax attention and its likes: by default heads are 64 wide, 32 in models narrower than 128."""
+    return divide(mixer, dim, num_heads, head_dim, (64, 32, 16, 8) if dim >= 128 else (32, 16, 8))
+
+
+def key_value_heads(mixer: str, keys: int, values: int, heads: int) -> dict[str, int]:
+    """What `heads` heads make of so many key and value channels, as mixers' arguments. Raises as `divide` does."""
+    for width in (keys, values):
+        divide(mixer, width, heads, None, ())
+    return {"num_heads": heads, "key_dim": keys // heads, "value_dim": values // heads}
+
+
 def heads_at_least(width: int, narrowest: int, most: int) -> int:
     """The most heads, up to `most`, that divide `width` into parts at least `narrowest` wide (else 1)."""
     return max([n for n in range(1, most + 1) if width % n == 0 and width // n >= narrowest], default=1)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from chela_plugin.kernels import linear_attention as kernel
+from chela_plugin.kernels.rotary import rotate
 from chela_plugin.layers.chela import feature_map, fixed_log_decay
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
-from chela_plugin.mixers.heads import check_head_widths, divide, expanded, fewest_heads
-from chela_plugin.mixers.recurrent import RecurrentMixer, real_tokens
-from chela_plugin.mixers.rope import rotate
+from chela_plugin.mixers.heads import attention_heads, check_head_widths, expanded, fewest_heads, key_value_heads
+from chela_plugin.mixers.recurrent import RecurrentMixer, empty_state, real_tokens
 
 POSITIVE = ("elu1", "relu")
 
@@ -107,7 +107,7 @@ class RetNet(RecurrentMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, causal=causal, name="retnet")
+        super().__init__(dim, causal=causal, name="retnet", state=(num_heads, key_dim, value_dim))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.key_dim, self.value_dim, self.depth = num_heads, key_dim, value_dim, depth
         self.q = nn.Linear(dim, num_heads * key_dim, bias=False, **factory)
@@ -127,8 +127,8 @@ class RetNet(RecurrentMixer):
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Cache:
-        state = empty_state(self.proj.weight, (batch_size, self.num_heads, self.key_dim, self.value_dim), device, dtype)
-        return {"state": state, "length": torch.zeros(batch_size, dtype=torch.long, device=state.device)}
+        cache = super().init_cache(batch_size, device=device, dtype=dtype)
+        return cache | {"length": torch.zeros(batch_size, dtype=torch.long, device=cache["state"].device)}
 
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
         time = x.shape[1]
@@ -176,14 +176,6 @@ def attend(
     return o
 
 
-def empty_state(
-    like: Tensor, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
-) -> Tensor:
-    """A state of zeros on `like`'s device; fp32, or fp64 where the model is."""
-    double = (dtype or like.dtype) == torch.float64
-    return torch.zeros(shape, device=device or like.device, dtype=torch.float64 if double else torch.float32)
-
-
 def linear_attention(
     dim: int,
     *,
@@ -204,8 +196,7 @@ def linear_attention(
         phi: feature map of queries and keys; elu(x) + 1 in the paper.
         norm: 'sum' divides by the sum of scores, as the paper does; 'rms' by each head's root mean square.
     """
-    widths = (64, 32, 16, 8) if dim >= 128 else (32, 16, 8)
-    heads = divide("linear_attention", dim, num_heads, head_dim, widths)
+    heads = attention_heads("linear_attention", dim, num_heads, head_dim)
     check_head_widths("linear_attention", dim // heads)
     return LinearAttention(
         dim, causal=causal, num_heads=heads, phi=phi, norm=norm, depth=depth, device=device, dtype=dtype
@@ -235,18 +226,8 @@ def retnet(
     keys, values = expanded("retnet", dim, expand_k, "expand_k"), expanded("retnet", dim, expand_v, "expand_v")
     fitting = [n for n in (4, 3, 2, 1) if keys % (2 * n) == 0 and values % n == 0]
     heads = fewest_heads(fitting[0] if fitting else 1, keys // 2, keys, values) if num_heads is None else num_heads
-    divide("retnet", keys, heads, None, ())
-    divide("retnet", values, heads, None, ())
-    if keys // heads % 2:
+    sizes = key_value_heads("retnet", keys, values, heads)
+    if sizes["key_dim"] % 2:
         raise ValueError(f"retnet turns pairs of key channels; {keys} / {heads} heads leaves an odd {keys // heads}")
-    check_head_widths("retnet", keys // heads, values // heads)
-    return RetNet(
-        dim,
-        causal=causal,
-        num_heads=heads,
-        key_dim=keys // heads,
-        value_dim=values // heads,
-        depth=depth,
-        device=device,
-        dtype=dtype,
-    )
+    check_head_widths("retnet", sizes["key_dim"], sizes["value_dim"])
+    return RetNet(dim, causal=causal, **sizes, depth=depth, device=device, dtype=dtype)

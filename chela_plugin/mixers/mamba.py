@@ -12,14 +12,13 @@ from torch.nn import functional as F
 from chela_plugin.kernels.selective_scan import selective_scan, selective_scan_step
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.initial import log_uniform_step_bias
-from chela_plugin.layers.long_kernel import no_weight_decay
+from chela_plugin.layers.long_kernel import no_weight_decay, precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.heads import expanded
-from chela_plugin.mixers.linear_attention import empty_state
-from chela_plugin.mixers.recurrent import RecurrentMixer, recur
+from chela_plugin.mixers.recurrent import ConvolvedMixer, recur
 
 
-class Mamba(RecurrentMixer):
+class Mamba(ConvolvedMixer):
     """Mamba's block without its norm (figure 3): gated, convolved, and scanned by a state space model of its own input.
 
     `u, z = X W_in`, `u = SiLU(conv(u))`, `delta, B, C = u W_x`, `delta = softplus(delta W_dt + b)`,
@@ -37,7 +36,7 @@ class Mamba(RecurrentMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, causal=causal, name="mamba")
+        super().__init__(dim, causal=causal, name="mamba", state=(inner, d_state))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inner, self.d_state, self.step_rank = inner, d_state, math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **factory)
@@ -63,26 +62,14 @@ class Mamba(RecurrentMixer):
     def path(self, device: torch.device | str) -> str:
         return self.conv.beside("reference", device)
 
-    def init_cache(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        return {
-            "conv": self.conv.init_state(batch_size, device=device, dtype=dtype),
-            "state": empty_state(self.proj.weight, (batch_size, self.inner, self.d_state), device, dtype),
-        }
-
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, seen = self.conv(u, None if cache is None else cache["conv"], length)
-        u = F.silu(u)
+        u = F.silu(self.convolve(u, length, cache))
         step, b, c = self.x_proj(u).split((self.step_rank, self.d_state, self.d_state), dim=-1)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        delta = F.softplus(self.step_proj(step).to(precise) + self.step_bias.to(precise))
-        a = -self.log_rate.to(precise).exp()
+        delta = F.softplus(precise(self.step_proj(step)) + precise(self.step_bias))
+        a = -precise(self.log_rate).exp()
         tokens = {"u": u, "delta": delta, "b": b, "c": c}
         y = recur(selective_scan, selective_scan_step, tokens, length, cache, still=("delta",), a=a)
-        if cache is not None:
-            cache["conv"] = seen
         return self.proj((y + self.skip.to(u.dtype) * u) * F.silu(z))
 
 

@@ -15,12 +15,12 @@ from chela_plugin.kernels.peers import peer
 from chela_plugin.kernels.precision import without_autocast
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.initial import log_uniform_step_bias
-from chela_plugin.layers.long_kernel import no_weight_decay
+from chela_plugin.layers.long_kernel import no_weight_decay, precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, divide, expanded
-from chela_plugin.mixers.linear_attention import attend, empty_state
-from chela_plugin.mixers.recurrent import RecurrentMixer
+from chela_plugin.mixers.linear_attention import attend
+from chela_plugin.mixers.recurrent import ConvolvedMixer
 
 PUBLISHED_CHUNK = 256
 
@@ -33,7 +33,7 @@ def published_scan(device: torch.device | str, dtype: torch.dtype) -> Callable[.
     return peer("mamba_chunk_scan_combined", device, dtype) if requested() == "peer" else None
 
 
-class Mamba2(RecurrentMixer):
+class Mamba2(ConvolvedMixer):
     """Mamba-2's block without its norm (figure 6, right): state space duality, that is linear attention with a decay.
 
     `z, x, B, C, dt = X W_in`, `x, B, C = SiLU(conv(x, B, C))`, `dt = softplus(dt + b)`; with C as queries, B as keys
@@ -54,7 +54,7 @@ class Mamba2(RecurrentMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(dim, causal=causal, name="mamba2")
+        super().__init__(dim, causal=causal, name="mamba2", state=(num_heads, d_state, head_dim))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim, self.d_state, self.num_groups = num_heads, head_dim, d_state, num_groups
         self.inner, self.convolved = num_heads * head_dim, num_heads * head_dim + 2 * num_groups * d_state
@@ -82,31 +82,18 @@ class Mamba2(RecurrentMixer):
         scan = kernel.backend(device, dtype) if published_scan(device, dtype) is None else "mamba_ssm"
         return self.conv.beside(scan, device)
 
-    def init_cache(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        shape = (batch_size, self.num_heads, self.d_state, self.head_dim)
-        return {
-            "conv": self.conv.init_state(batch_size, device=device, dtype=dtype),
-            "state": empty_state(self.proj.weight, shape, device, dtype),
-        }
-
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
         z, xbc, dt = self.in_proj(x).split((self.inner, self.convolved, self.num_heads), dim=-1)
-        xbc, seen = self.conv(xbc, None if cache is None else cache["conv"], length)
-        if cache is not None:
-            cache["conv"] = seen
         states = self.num_groups * self.d_state
-        v, k, q = F.silu(xbc).split((self.inner, states, states), dim=-1)
+        v, k, q = F.silu(self.convolve(xbc, length, cache)).split((self.inner, states, states), dim=-1)
         v = v.unflatten(-1, (self.num_heads, self.head_dim))
-        precise = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(precise) + self.step_bias.to(precise))
-        rate = -self.log_rate.to(precise).exp()
+        dt = F.softplus(precise(dt) + precise(self.step_bias))
+        rate = -precise(self.log_rate).exp()
         scan = published_scan(x.device, v.dtype) if cache is None else None
         if scan is not None:
             k, q = (part.unflatten(-1, (self.num_groups, self.d_state)) for part in (k, q))
             with without_autocast(v):
-                y = scan(v, dt, rate, k, q, PUBLISHED_CHUNK, self.skip.to(precise))
+                y = scan(v, dt, rate, k, q, PUBLISHED_CHUNK, precise(self.skip))
             return self.proj(self.norm(y.flatten(-2), z))
         log_decay = rate * dt
         stepped = (v * dt[..., None]).to(v.dtype)

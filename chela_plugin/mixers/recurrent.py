@@ -6,26 +6,41 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.mixer import Cache, Mixer
 
 
 class RecurrentMixer(Mixer):
-    """A causal mixer whose past is a state; subclasses write `scan`.
+    """A causal mixer whose past is a state; subclasses write `scan`, and those that decode have an output `proj`.
+
+    Args:
+        name: as mixer strings have it, for the error message.
+        state: shape of one row's state; None where the mixer has no cache.
 
     Padding, wherever it stands, is moved behind the tokens of its row before `scan` and back after it. A causal scan
     of such a row can't see its padding, convolution and positions included, so every real output equals the row's
     run alone; all that is left to `scan` is not to let the padding into the state that it hands to the cache.
     """
 
-    def __init__(self, dim: int, *, causal: bool, name: str):
+    proj: nn.Linear
+
+    def __init__(self, dim: int, *, causal: bool, name: str, state: tuple[int, ...] | None = None):
         if not causal:
             raise ValueError(f"{name} only looks back; for a bidirectional model use bidirectional({name})")
         super().__init__(dim, causal=True)
+        self.state_shape = state
 
     def path(self, device: torch.device | str) -> str:
         return "reference"
+
+    def init_cache(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        if self.state_shape is None:
+            return super().init_cache(batch_size)
+        return {"state": empty_state(self.proj.weight, (batch_size, *self.state_shape), device, dtype)}
 
     def scan(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
         """Mix `x` `[B, T, C]`, of which the first `length[b]` tokens are real (all when None); continue `cache`."""
@@ -37,6 +52,25 @@ class RecurrentMixer(Mixer):
         tokens_first = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
         y = self.scan(x.gather(1, tokens_first), mask.sum(1), cache)
         return torch.empty_like(y).scatter(1, tokens_first, y)
+
+
+class ConvolvedMixer(RecurrentMixer):
+    """One that convolves with a few taps, `conv`, ahead of its recurrence; the cache holds the last inputs too."""
+
+    conv: CausalConv
+
+    def init_cache(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        inputs = self.conv.init_state(batch_size, device=device, dtype=dtype)
+        return {"conv": inputs, **super().init_cache(batch_size, device=device, dtype=dtype)}
+
+    def convolve(self, x: Tensor, length: Tensor | None, cache: Cache | None) -> Tensor:
+        """`conv` of `x` `[B, T, channels]`, behind the inputs in `cache`, which is updated."""
+        if cache is None:
+            return self.conv(x, None, length)[0]
+        y, cache["conv"] = self.conv(x, cache["conv"], length)
+        return y
 
 
 def recur(
@@ -71,6 +105,14 @@ def recur(
     assert final is not None
     cache["state"] = final
     return o
+
+
+def empty_state(
+    like: Tensor, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
+) -> Tensor:
+    """A state of zeros on `like`'s device; fp32, or fp64 where the model is."""
+    double = (dtype or like.dtype) == torch.float64
+    return torch.zeros(shape, device=device or like.device, dtype=torch.float64 if double else torch.float32)
 
 
 def real_tokens(length: Tensor, time: int) -> Tensor:
