@@ -26,6 +26,7 @@ from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step
 from chela_plugin.kernels.long_conv import long_conv, modal_conv
+from chela_plugin.kernels.rotary import rotary_qkv
 from chela_plugin.layers import Chela, ShortLongConv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,6 +178,8 @@ def norms(dtype: torch.dtype) -> None:
         both_ways(*add_norm(x, branch, scale, shift, dtype=dtype))
         both_ways(*add_norm(branch, None, scale, shift))
         both_ways(*add_rms_norm(x, branch, scale))
+        position = torch.arange(67, device=DEVICE)
+        both_ways(*rotary_qkv(random(2, 67, 3, heads, width, dtype=dtype), position))
 
 
 def never_launched() -> list[str]:

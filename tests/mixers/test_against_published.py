@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from chela_plugin import create_mixer
-from chela_plugin.mixers.rope import rotate
+from chela_plugin.kernels.rotary import rotate
 
 TIME = 41  # odd, past a chunk of 32
 
