@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import backend
 from chela_plugin.kernels.gated_norm import gated_norm
-from chela_plugin.kernels.linear_attention import MAX_WIDTH, linear_attention, linear_attention_step
+from chela_plugin.kernels.linear_attention import MAX_WIDTH
 
+from .attend import attend, empty_state
 from .fused import FusedAttention, Shape, fusible
 from .initial import reset_projections
 from .long_kernel import decay_init, no_weight_decay, precise
@@ -189,7 +190,9 @@ class Chela(Mixer):
         q = feature_map(self.q(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         k = feature_map(self.k(seen).unflatten(-1, (self.num_heads, self.key_dim)), self.phi)
         v = F.silu(self.v(x)).unflatten(-1, (self.num_heads, self.value_dim))
-        return self.joined(self.attend(q, k, v, self.log_decay(x), mask, cache), v, z, x)
+        # Without a cache the mask may go unheeded: v is 0 in padding, which decays nothing that a real token sees.
+        o = attend(q, k, v, self.log_decay(x), cache, causal=self.causal, mask=mask)
+        return self.joined(o, v, z, x)
 
     def fuses(self, x: Tensor, z: Tensor) -> bool:
         """Whether what follows the convolution runs as one node (`fused.py`), which knows the defaults alone."""
@@ -219,30 +222,12 @@ class Chela(Mixer):
         """RMSNorm_head(o + d v) * SiLU(gate), `[B, T, H V]`."""
         return gated_norm(o, self.head_norm, gate, v=None if self.skip is None else v, skip=self.skip)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        if cache is None:  # padding has v = 0, and decays nothing that a real token sees
-            return linear_attention(q, k, v, log_decay, causal=self.causal)[0]
-        if q.shape[1] == 1:
-            if log_decay is not None and log_decay.dim() == 3:
-                log_decay = log_decay[:, 0]
-            o, cache["state"] = linear_attention_step(
-                q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay, in_place=True
-            )
-            return o[:, None]
-        o, cache["state"] = linear_attention(
-            q, k, v, log_decay, initial_state=cache["state"], output_final_state=True, mask=mask
-        )
-        return o
-
     def init_cache(self, batch_size: int, *, device=None, dtype=None, max_tokens: int | None = None) -> Cache:
         """The convolution's history and the attention's state `[B, H, K, V]` (fp32, or fp64 for fp64)."""
         device, dtype = device or self.proj.weight.device, dtype or self.proj.weight.dtype
-        state = torch.float64 if dtype == torch.float64 else torch.float32
         cache = self.conv.init_cache(batch_size, device=device, dtype=dtype, max_tokens=max_tokens)
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        return cache | {"state": torch.zeros(shape, device=device, dtype=state)}
+        return cache | {"state": empty_state(self.proj.weight, shape, device, dtype)}
 
     def advance(self, cache: Cache) -> None:
         self.conv.advance(cache)

@@ -12,13 +12,13 @@ from chela_plugin.kernels import gated_linear_attention as channel_decay
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.backend import computed_dtype
 from chela_plugin.kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from chela_plugin.layers.attend import attend
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.long_kernel import precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, expanded, fewest_heads, heads_at_least, key_value_heads
-from chela_plugin.mixers.linear_attention import attend
-from chela_plugin.mixers.recurrent import RecurrentMixer, recur
+from chela_plugin.mixers.recurrent import RecurrentMixer, real_tokens, recur
 
 GATE_RANK = 16  # section 4.4: the decay's projection has low rank, to spare parameters
 GATE_NORMALIZER = 16  # section 4.4: alpha = sigmoid(.)^(1/16), slow forgetting at the start
@@ -77,7 +77,7 @@ class GatedLinearAttention(RecurrentMixer):
         v = self.v(x).unflatten(-1, (self.num_heads, self.value_dim))
         log_decay = F.logsigmoid(precise(self.alpha(self.narrow(x)))) / GATE_NORMALIZER
         if self.decay == "head":
-            o = attend(q, k, v, log_decay, cache, scale=None, length=length)
+            o = attend(q, k, v, log_decay, cache, mask=real_tokens(length, x.shape[1]))
         else:
             log_decay = log_decay.unflatten(-1, (self.num_heads, self.key_dim))
             tokens = {"q": q, "k": k, "v": v, "log_decay": log_decay}

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.rotary import rotate
+from chela_plugin.layers.attend import attend, empty_state
 from chela_plugin.layers.chela import feature_map, fixed_log_decay
 from chela_plugin.layers.initial import reset_projections
 from chela_plugin.layers.mixer import Cache, Mixer
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import attention_heads, check_head_widths, expanded, fewest_heads, key_value_heads
-from chela_plugin.mixers.recurrent import RecurrentMixer, empty_state, real_tokens
+from chela_plugin.mixers.recurrent import RecurrentMixer, real_tokens
 
 POSITIVE = ("elu1", "relu")
 
@@ -70,7 +71,7 @@ class LinearAttention(Mixer):
         if mask is not None:
             k = k.masked_fill(~mask[..., None, None], 0.0)
         if self.norm == "rms":
-            o = attend(q, k, v, None, cache, causal=self.causal, scale=None)
+            o = attend(q, k, v, None, cache, causal=self.causal)
             o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         else:
             o = attend(q, k, v, None, cache, causal=self.causal, scale=1.0)
@@ -141,39 +142,8 @@ class RetNet(RecurrentMixer):
         v = self.v(x).unflatten(-1, (self.num_heads, self.value_dim))
         dtype = torch.promote_types(q.dtype, torch.float32)
         log_decay = fixed_log_decay(self.num_heads, device=x.device).to(dtype)
-        o = attend(q, k, v, log_decay, cache, scale=None, length=length)
+        o = attend(q, k, v, log_decay, cache, mask=real_tokens(length, time))
         return self.proj(self.norm(o.flatten(-2), self.g(x)))
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    cache: Cache | None,
-    *,
-    scale: float | None,
-    causal: bool = True,
-    length: Tensor | None = None,
-) -> Tensor:
-    """`kernels.linear_attention`, continuing and updating `cache["state"]`, whichever of its forms suits.
-
-    `length` `[B]`: tokens behind it in a row neither join the state nor decay it (None: all are real).
-    """
-    if cache is None:
-        return kernel.linear_attention(q, k, v, log_decay, causal=causal, scale=scale)[0]
-    if q.shape[1] == 1 and length is None:
-        if log_decay is not None and log_decay.dim() == 3:
-            log_decay = log_decay[:, 0]
-        o, cache["state"] = kernel.linear_attention_step(
-            q[:, 0], k[:, 0], v[:, 0], cache["state"], log_decay, scale, in_place=True
-        )
-        return o[:, None]
-    mask = None if length is None else real_tokens(length, q.shape[1])
-    o, cache["state"] = kernel.linear_attention(
-        q, k, v, log_decay, scale=scale, initial_state=cache["state"], output_final_state=True, mask=mask
-    )
-    return o
 
 
 def linear_attention(

@@ -13,14 +13,14 @@ from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.backend import computed_dtype, requested
 from chela_plugin.kernels.peers import peer
 from chela_plugin.kernels.precision import without_autocast
+from chela_plugin.layers.attend import attend
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.initial import log_uniform_step_bias
 from chela_plugin.layers.long_kernel import no_weight_decay, precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, divide, expanded
-from chela_plugin.mixers.linear_attention import attend
-from chela_plugin.mixers.recurrent import ConvolvedMixer
+from chela_plugin.mixers.recurrent import ConvolvedMixer, real_tokens
 
 PUBLISHED_CHUNK = 256
 
@@ -97,7 +97,8 @@ class Mamba2(ConvolvedMixer):
             return self.proj(self.norm(y.flatten(-2), z))
         log_decay = rate * dt
         stepped = (v * dt[..., None]).to(v.dtype)
-        y = attend(self._heads(q), self._heads(k), stepped, log_decay, cache, scale=1.0, length=length)
+        mask = real_tokens(length, x.shape[1])
+        y = attend(self._heads(q), self._heads(k), stepped, log_decay, cache, scale=1.0, mask=mask)
         y = y + self.skip.to(v.dtype)[:, None] * v
         return self.proj(self.norm(y.flatten(-2), z))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chela_plugin.layers.attend import empty_state
 from chela_plugin.layers.causal_conv import CausalConv
 from chela_plugin.layers.mixer import Cache, Mixer
 
@@ -107,22 +108,15 @@ def recur(
     return o
 
 
-def empty_state(
-    like: Tensor, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
-) -> Tensor:
-    """A state of zeros on `like`'s device; fp32, or fp64 where the model is."""
-    double = (dtype or like.dtype) == torch.float64
-    return torch.zeros(shape, device=device or like.device, dtype=torch.float64 if double else torch.float32)
-
-
-def real_tokens(length: Tensor, time: int) -> Tensor:
-    """Bool `[B, T]`, True at the first `length[b]` places of row b."""
-    return torch.arange(time, device=length.device) < length[:, None]
+def real_tokens(length: Tensor | None, time: int) -> Tensor | None:
+    """Bool `[B, T]`, True at the first `length[b]` places of row b; None where all are real."""
+    return None if length is None else torch.arange(time, device=length.device) < length[:, None]
 
 
 def clear_padding(x: Tensor, length: Tensor | None) -> Tensor:
     """`x` `[B, T, ...]` with zeros behind the first `length[b]` tokens of each row."""
-    if length is None:
+    real = real_tokens(length, x.shape[1])
+    if real is None:
         return x
-    padding = real_tokens(length, x.shape[1]).logical_not()
+    padding = real.logical_not()
     return x.masked_fill(padding.view(*padding.shape, *(1,) * (x.dim() - 2)), 0.0)
