@@ -213,10 +213,9 @@ class ShortLongConv(nn.Module):
     def folded_bias(self) -> Tensor:
         return precise(self.bias) if self.folded else self.scale_and_shift()[1]
 
-    def folded_long(self, length: int) -> Tensor:
-        """The long kernel under its scale: `[sides, D, length]`."""
-        scale = precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1]
-        return self.long_taps(length) * scale[:, None]
+    def folded_long_scale(self) -> Tensor:
+        """`[D]`, of the long kernel's taps."""
+        return precise(self.long_scale) if self.folded else self.scale_and_shift()[0][-1]
 
     def folded_taps(self, length: int) -> Tensor:
         """All branches as one filter (`dims=1`): `[D, max(length, k)]`, or two-sided `[D, 2 max(...) - 1]`."""
@@ -245,7 +244,7 @@ class ShortLongConv(nn.Module):
         like = next(self.parameters())
         short, bias = self.folded_short(), self.folded_bias()
         if self.long != "none":
-            self.long_scale = nn.Parameter(self.scale_and_shift()[0][-1].to(like.dtype))
+            self.long_scale = nn.Parameter(self.folded_long_scale().to(like.dtype))
         self.short_kernels = nn.ParameterList()
         if self.norm == "batch":
             del self.norms

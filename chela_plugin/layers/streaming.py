@@ -112,9 +112,7 @@ def constants(conv: ShortLongConv, length: int = 0) -> Constants:
         found = held[1]
         if not length or (found.taps is not None and found.taps.shape[1] >= length):
             return found
-    scale = None
-    if conv.long_kernel is not None:
-        scale = precise(conv.long_scale) if conv.folded else conv.scale_and_shift()[0][-1]
+    scale = None if conv.long_kernel is None else conv.folded_long_scale()
     taps = None
     if length:
         conv.check_length(length)

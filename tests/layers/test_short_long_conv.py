@@ -122,7 +122,7 @@ def test_two_dimensional_is_one_dense_kernel_on_the_grid(grid):
     conv = build(causal=False, dims=2)
     h, w = grid
     x = torch.randn(2, h * w, 8, dtype=torch.float64)
-    right, left, down, up = conv.folded_long(max(grid))
+    right, left, down, up = conv.long_taps(max(grid)) * conv.folded_long_scale()[:, None]
     dense = torch.zeros(8, 2 * h + 7, 2 * w + 7, dtype=torch.float64)
     dense[:, h + 3 - (h - 1) : h + 3 + h, w + 3] += two_sided(down[:, :h], up[:, :h])
     dense[:, h + 3, w + 3 - (w - 1) : w + 3 + w] += two_sided(right[:, :w], left[:, :w])
