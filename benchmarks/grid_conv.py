@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
+from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, passes, peak_over_inputs, quantiles
 from chela_plugin.kernels.grid_conv import grid_conv, grid_conv_norm
 
 CASES = [(64, 32, 32, 384), (64, 64, 64, 384), (256, 14, 14, 384)]  # (B, h, w, D)
@@ -39,40 +39,38 @@ def cudnn(x: Tensor, kernel: Tensor, row: Tensor, column: Tensor, bias: Tensor) 
 def runs_of(batch: int, h: int, w: int, dim: int) -> tuple[dict[str, Callable[[], object]], float]:
     """Runs by name, and the largest difference of cuDNN's result from ours over the largest number."""
     torch.manual_seed(0)
-    new = {"device": "cuda", "requires_grad": True}
-    x = torch.randn(batch, h, w, dim, dtype=torch.bfloat16, **new)
-    kernels = [torch.randn(dim, k, k, device="cuda").div_(k).requires_grad_() for k in (3, 7)]
-    cross = torch.randn(4, dim, max(h, w), device="cuda").div_(8).requires_grad_()
-    bias = torch.zeros(dim, **new)
+    x = torch.randn(batch, h, w, dim, dtype=torch.bfloat16, device="cuda")
+    kernels = [torch.randn(dim, k, k, device="cuda") / k for k in (3, 7)]
+    cross = torch.randn(4, dim, max(h, w), device="cuda") / 8
+    bias = torch.zeros(dim, device="cuda")
     dy = torch.randn_like(x)
-    right, left, down, up = cross.detach()
+    right, left, down, up = cross
     row = torch.cat([left[:, 1:w].flip(1), right[:, :w]], 1)[:, None, None, :].flip(3)
     column = torch.cat([up[:, 1:h].flip(1), down[:, :h]], 1)[:, None, :, None].flip(2)
-    parts = [kernels[1].detach().flip(1, 2)[:, None], row, column, bias.detach()]
-    parts = [part.contiguous().requires_grad_() for part in parts]
-    last = x.detach().permute(0, 3, 1, 2).requires_grad_()
-    first = x.detach().permute(0, 3, 1, 2).contiguous().requires_grad_()
-    norms = [[torch.full((dim,), float(i), **new) for _ in range(3)] for i in (1, 0)]
+    parts = [part.contiguous() for part in (kernels[1].flip(1, 2)[:, None], row, column, bias)]
+    last = x.permute(0, 3, 1, 2)
+    first = last.contiguous()
+    norms = [torch.full((dim,), float(i), device="cuda") for i in (1, 1, 1, 0, 0, 0)]
 
-    ours = lambda: grid_conv(x, kernels[1], cross, bias=bias, silu=True)  # noqa: E731
-    branches = lambda: grid_conv_norm(x, kernels, cross, *norms, silu=True)  # noqa: E731
-    forms: dict[str, tuple[Callable[[], Tensor], list[Tensor], Tensor]] = {
+    def ours(x: Tensor, kernel: Tensor, cross: Tensor, bias: Tensor) -> Tensor:
+        return grid_conv(x, kernel, cross, bias=bias, silu=True)
+
+    def branches(x: Tensor, small: Tensor, large: Tensor, cross: Tensor, *norms: Tensor) -> Tensor:
+        return grid_conv_norm(x, [small, large], cross, norms[:3], norms[3:], silu=True)
+
+    forms: dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]] = {
         "ours": (ours, [x, kernels[1], cross, bias], dy),
-        "branches": (branches, [x, *kernels, cross, *norms[0], *norms[1]], dy),
-        "cudnn, channels last": (lambda: cudnn(last, *parts), [last, *parts], dy.permute(0, 3, 1, 2)),
-        "cudnn, channels first": (lambda: cudnn(first, *parts), [first, *parts], dy.permute(0, 3, 1, 2).contiguous()),
+        "branches": (branches, [x, *kernels, cross, *norms], dy),
+        "cudnn, channels last": (cudnn, [last, *parts], dy.permute(0, 3, 1, 2)),
+        "cudnn, channels first": (cudnn, [first, *parts], dy.permute(0, 3, 1, 2).contiguous()),
     }
     runs: dict[str, Callable[[], object]] = {}
-    for name, (forward, inputs, given) in forms.items():
-
-        def alone(forward=forward):
-            with torch.no_grad():
-                return forward()
-
-        runs[f"{name}\0forward"] = alone
-        runs[f"{name}\0forward+backward"] = lambda f=forward, i=inputs, g=given: torch.autograd.grad(f(), i, g)
+    for name, (function, leaves, given) in forms.items():
+        both = passes(function, leaves, given)
+        runs |= {f"{name}\0forward": both["forward"], f"{name}\0forward+backward": both["forward_backward"]}
     with torch.no_grad():
-        found, expected = ours().permute(0, 3, 1, 2).float(), cudnn(first, *parts).float()
+        found = ours(x, kernels[1], cross, bias).permute(0, 3, 1, 2).float()
+        expected = cudnn(first, *parts).float()
         return runs, ((found - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
+from chela_plugin.bench.ahead import only_compile
+from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, passes, peak_over_inputs, quantiles
 from chela_plugin.kernels.linear_attention import linear_attention, linear_attention_step, reference
 
 TOKENS = 32768
@@ -51,14 +53,15 @@ def inputs(batch: int, T: int, H: int, K: int, V: int) -> tuple[Tensor, ...]:
     return q, k, v, do, static, token
 
 
-def ours(variant: str, q: Tensor, k: Tensor, v: Tensor, static: Tensor, token: Tensor) -> Tensor:
-    decay = {"static": static, "token": token}.get(variant)
-    return linear_attention(q, k, v, decay, causal=variant != "bidirectional")[0]
+def ours(variant: str) -> Callable[..., Tensor]:
+    def function(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None) -> Tensor:
+        return linear_attention(q, k, v, decay, causal=variant != "bidirectional")[0]
+
+    return function
 
 
-def with_gradient(forward: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> Callable[[], object]:
-    live = [x.detach().requires_grad_() for x in leaves]
-    return lambda: torch.autograd.grad(forward(*live), live, do)
+def leaves_of(variant: str, q: Tensor, k: Tensor, v: Tensor, static: Tensor, token: Tensor) -> list[Tensor]:
+    return [q, k, v, *{"static": [static], "token": [token]}.get(variant, [])]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,11 +73,10 @@ def compile_case(case: tuple[int, int, int, int, str]) -> None:
     """One forward and backward pass of ours, so that the compiled kernels lie in Triton's cache."""
     T, H, K, V, variant = case
     q, k, v, do, static, token = inputs(TOKENS // T, T, H, K, V)
-    ours(variant, q, k, v, static, token)
-    leaves = [q, k, v] + ([static] if variant == "static" else [token] if variant == "token" else [])
-    with_gradient(lambda q, k, v, d=None: ours(variant, q, k, v, d, d), leaves, do)()
+    for run in passes(ours(variant), leaves_of(variant, q, k, v, static, token), do).values():
+        run()
     torch.cuda.synchronize()
-    del q, k, v, do, leaves
+    del q, k, v, do, static, token, run
     torch.cuda.empty_cache()  # other processes compile on this card
 
 
@@ -96,18 +98,16 @@ def search_fla(T: int, H: int, K: int, V: int) -> None:
     from fla.ops.simple_gla import chunk_simple_gla
 
     q, k, v, do, static, _ = inputs(TOKENS // T, T, H, K, V)
-    with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v)[0], [q, k, v], do)()
-    with_gradient(lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=static)[0], [q, k, v], do)()
+    for gamma in (None, static):
+        passes(lambda q, k, v, g=gamma: chunk_simple_gla(q, k, v, g_gamma=g)[0], [q, k, v], do)["forward_backward"]()
     torch.cuda.synchronize()
 
 
 def compile_fla(case: tuple[int, tuple[int, int, int]]) -> None:
     """Every FLA_SHARES-th of the configurations that fla searches through, so that the search finds them compiled."""
     share, shape = case
-    for search in fla_searches():
-        search.configs = search.configs[share::FLA_SHARES] or search.configs[:1]
-        search.cache_results = False
-        search._do_bench = lambda call, quantiles: (call(), [1.0] * 3)[1]
+    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"  # a share's best is not the search's
+    only_compile(share, FLA_SHARES)
     try:
         search_fla(2048, *shape)
     except RuntimeError as error:  # a configuration that spills by the gigabyte, beside other processes
@@ -138,24 +138,19 @@ def throughput(T: int, H: int, K: int, V: int, rounds: int, fla: Callable[..., t
     """All variants and peers at one shape, forward and forward + backward."""
     q, k, v, do, static, token = inputs(TOKENS // T, T, H, K, V)
     runs: dict[str, Callable[[], object]] = {}
+
+    def timed(name: str, function: Callable[..., Tensor], leaves: list[Tensor]) -> dict[str, Callable[[], object]]:
+        both = passes(function, leaves, do)
+        return {f"{name} forward": both["forward"], f"{name} both": both["forward_backward"]}
+
     for variant in VARIANTS:
-        leaves = [q, k, v] + ([static] if variant == "static" else [token] if variant == "token" else [])
-        runs[f"ours {variant} forward"] = lambda variant=variant: ours(variant, q, k, v, static, token)
-        runs[f"ours {variant} both"] = with_gradient(
-            lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do
-        )
+        runs |= timed(f"ours {variant}", ours(variant), leaves_of(variant, q, k, v, static, token))
     if fla is not None:
         for variant, gamma in (("none", None), ("static", static)):
-            runs[f"fla {variant} forward"] = lambda gamma=gamma: fla(q, k, v, g_gamma=gamma)
-            runs[f"fla {variant} both"] = with_gradient(
-                lambda q, k, v, gamma=gamma: fla(q, k, v, g_gamma=gamma)[0], [q, k, v], do
-            )
+            runs |= timed(f"fla {variant}", lambda q, k, v, g=gamma: fla(q, k, v, g_gamma=g)[0], [q, k, v])
     times = event_times(runs, rounds)
     if K == V:  # apart: right behind its long runs others spread by half (NOTES-linear_attention.md)
-        softmax = {
-            "flash causal forward": lambda: flash(q, k, v),
-            "flash causal both": with_gradient(flash, [q, k, v], do),
-        }
+        softmax = timed("flash causal", flash, [q, k, v])
         times |= event_times(softmax, rounds)
         runs |= softmax
     forward_bytes = 2 * TOKENS * H * (2 * K + 2 * V)
@@ -181,9 +176,8 @@ def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> 
     q, k, v, do, static, token = inputs(1, T, H, K, V)
     rows = []
     for variant in VARIANTS:
-        decay = {"static": static, "token": token}.get(variant)
-        leaves = [q, k, v] + ([] if decay is None else [decay])
-        names = ["q", "k", "v"] + ([] if decay is None else ["log_decay"])
+        leaves = leaves_of(variant, q, k, v, static, token)
+        names = ["q", "k", "v", "log_decay"][: len(leaves)]
 
         def exact(q, k, v, d=None, variant=variant):
             if variant == "bidirectional":
@@ -196,7 +190,7 @@ def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> 
             return {"o": o.detach()} | dict(zip(names, torch.autograd.grad(o, live, do), strict=True))
 
         wanted = all_of(exact, [x.double() for x in leaves], do.double())
-        found = all_of(lambda q, k, v, d=None, variant=variant: ours(variant, q, k, v, d, d), leaves, do)
+        found = all_of(ours(variant), leaves, do)
         row = {"T": T, "H": H, "K": K, "V": V, "variant": variant}
         row["ours"] = {name: relative(x, wanted[name]) for name, x in found.items()}
         if fla is not None and variant in ("none", "static"):

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, peak_over_inputs, quantiles
+from chela_plugin.bench.timing import BANDWIDTH, conditions, event_times, passes, peak_over_inputs, quantiles
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.long_conv import configs, long_conv, modal_conv
 from chela_plugin.kernels.long_conv.reference import modal_conv_reference, modal_taps
@@ -65,17 +65,13 @@ def contenders(batch: int, tokens: int, channels: int) -> dict[str, tuple[Callab
     x, dy = (torch.randn(batch, tokens, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     taps = torch.randn(channels, tokens, device="cuda") * tokens**-0.5
     bias = torch.randn(channels, device="cuda")
-
-    def leaves(x: Tensor) -> list[Tensor]:
-        return [t.detach().requires_grad_() for t in (x, taps, bias)]
-
     first = [t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (x, dy)]
     rows = [t.transpose(1, 2).contiguous() for t in (x, dy)]
     return {
-        "long_conv [B,T,D]": (long_conv, leaves(x), dy),
-        "long_conv time first": (long_conv, leaves(first[0]), first[1]),
-        "torch rfft [B,D,T]": (partial(torch_fft, time_first=True), leaves(rows[0]), rows[1]),
-        "torch rfft [B,T,D]": (partial(torch_fft, time_first=False), leaves(x), dy),
+        "long_conv [B,T,D]": (long_conv, [x, taps, bias], dy),
+        "long_conv time first": (long_conv, [first[0], taps, bias], first[1]),
+        "torch rfft [B,D,T]": (partial(torch_fft, time_first=True), [rows[0], taps, bias], rows[1]),
+        "torch rfft [B,T,D]": (partial(torch_fft, time_first=False), [x, taps, bias], dy),
     }
 
 
@@ -103,24 +99,16 @@ def floor_ms(batch: int, tokens: int, channels: int) -> tuple[float, float]:
 
 def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[str, object]]:
     entries = contenders(batch, tokens, channels)
-
-    def forward(f: Callable[..., Tensor], leaves: list[Tensor]) -> Tensor:
-        with torch.no_grad():
-            return f(*leaves)
-
-    def both(f: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-        y = f(*leaves)
-        return y, *torch.autograd.grad(y, leaves, dy)
-
-    f_times = event_times({name: partial(forward, f, leaves) for name, (f, leaves, _) in entries.items()}, rounds)
-    b_times = event_times({name: partial(both, f, leaves, dy) for name, (f, leaves, dy) in entries.items()}, rounds)
+    runs = {name: passes(*entry) for name, entry in entries.items()}
+    f_times = event_times({name: run["forward"] for name, run in runs.items()}, rounds)
+    b_times = event_times({name: run["forward_backward"] for name, run in runs.items()}, rounds)
     _, leaves, dy = entries["long_conv [B,T,D]"]
     wanted = reference(leaves, dy)
     algorithms = [configs.algorithm(tokens, 0, tokens - 1, torch.bfloat16, backward=b) for b in (False, True)]
     f_floor, b_floor = floor_ms(batch, tokens, channels)
     rows = []
-    for name, (f, leaves, dy) in entries.items():
-        found = list(both(f, leaves, dy))
+    for name, run in runs.items():
+        found = [run["forward"](), *run["forward_backward"]()]
         if name == "torch rfft [B,D,T]":
             found[:2] = [t.transpose(1, 2) for t in found[:2]]
         errors = {
@@ -137,8 +125,7 @@ def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[st
                 "share_of_floor": [
                     round(f_floor / quantiles(f_times[name])[0], 3), round(b_floor / quantiles(b_times[name])[0], 3)
                 ],
-                "peak_mib": [peak_over_inputs(partial(forward, f, leaves)),
-                             peak_over_inputs(partial(both, f, leaves, dy))],
+                "peak_mib": [peak_over_inputs(run["forward"]), peak_over_inputs(run["forward_backward"])],
                 "input_mib": round(batch * tokens * channels * 2 / 2**20, 1),
                 "error": errors,
             }
@@ -178,7 +165,7 @@ def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[d
     time = torch.logspace(0.3, 3, 8, device="cuda").log().expand(channels // 16, 8).clone()
     frequency = torch.rand_like(time) * 6.28 * torch.exp(-time)
     shapes = ((*time.shape, 2), (channels, 7), (channels,), (channels,))
-    leaves = [t.requires_grad_() for t in (x, time, frequency, *(torch.randn(s, device="cuda") * 0.3 for s in shapes))]
+    leaves = [x, time, frequency, *(torch.randn(s, device="cuda") * 0.3 for s in shapes)]
     entries: dict[str, Callable[..., Tensor]] = {
         "modal_conv, short, long, SiLU": partial(modal, alone=False),
         "modal_conv, long alone": partial(modal, alone=True),
@@ -192,31 +179,23 @@ def measure_modal(batch: int, tokens: int, channels: int, rounds: int) -> list[d
         torch.randn(channels // 16, 8, 16, device="cuda") / 4,
         torch.full((channels // 16,), 2.0, device="cuda"),
     ]
-    learned = {multiscale: [x, *(t.requires_grad_() for t in generator), *leaves[4:]]}
-
-    def forward(f: Callable[..., Tensor]) -> Tensor:
-        with torch.no_grad():
-            return f(*learned.get(f, leaves))
-
-    def both(f: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-        given = learned.get(f, leaves)
-        return torch.autograd.grad(f(*given), given, dy, allow_unused=True)
-
-    f_times = event_times({name: partial(forward, f) for name, f in entries.items()}, rounds)
-    b_times = event_times({name: partial(both, f) for name, f in entries.items()}, rounds)
-    few = [t.detach().double() for t in leaves]  # 64 channels: the fp64 form keeps every chunk's states
+    learned = {multiscale: [x, *generator, *leaves[4:]]}
+    runs = {name: passes(f, learned.get(f, leaves), dy, allow_unused=True) for name, f in entries.items()}
+    f_times = event_times({name: run["forward"] for name, run in runs.items()}, rounds)
+    b_times = event_times({name: run["forward_backward"] for name, run in runs.items()}, rounds)
+    few = [t.double() for t in leaves]  # 64 channels: the fp64 form keeps every chunk's states
     few = [few[0][..., :64], *(t[:4] for t in few[1:4]), *(t[:64] for t in few[4:])]
-    error_y = error(forward(entries["modal_conv, short, long, SiLU"])[..., :64], modal_conv_reference(*few, True))
+    error_y = error(runs["modal_conv, short, long, SiLU"]["forward"]()[..., :64], modal_conv_reference(*few, True))
     activations = batch * tokens * channels * 2
     return [
         {
             "B": batch, "T": tokens, "D": channels, "name": name, "forward_ms": quantiles(f_times[name]),
             "forward_backward_ms": quantiles(b_times[name]),
             "floor_ms": [round(n * activations / BANDWIDTH * 1e3, 4) for n in (2, 5)],
-            "peak_mib": [peak_over_inputs(partial(forward, f)), peak_over_inputs(partial(both, f))],
+            "peak_mib": [peak_over_inputs(run["forward"]), peak_over_inputs(run["forward_backward"])],
             "input_mib": round(activations / 2**20, 1),
         } | ({"error": {"y": float(f"{error_y:.2e}")}} if name == "modal_conv, short, long, SiLU" else {})
-        for name, f in entries.items()
+        for name, run in runs.items()
     ]  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chela_plugin import create_mixer
-from chela_plugin.bench.timing import conditions, quantiles
+from chela_plugin.bench.timing import clock_times, conditions, quantiles
 from chela_plugin.kernels.long_conv.reference import direct, fft
 from chela_plugin.kernels.selective_scan import reference as scan
 from chela_plugin.layers.causal_conv import CausalConv
@@ -98,17 +97,6 @@ def long_conv_cases() -> dict[str, dict[str, Callable[[], object]]]:
     return cases
 
 
-def times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for n in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if n:  # the first warms up
-                found[name].append(1e3 * (time.perf_counter() - start))
-    return {name: quantiles(ms) for name, ms in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -120,7 +108,8 @@ def main() -> None:
     cases = causal_conv_cases() | scan_cases() | long_conv_cases()
     results = []
     for name, runs in cases.items():
-        results.append({"case": name, "ms": times(runs, args.rounds)})
+        times = clock_times(runs, args.rounds)
+        results.append({"case": name, "ms": {form: quantiles(ms) for form, ms in times.items()}})
         print(json.dumps(results[-1]), flush=True)
     record = {**conditions(args.revision, "cpu"), "rounds": args.rounds, "results": results}
     if args.out:

@@ -57,7 +57,7 @@ def _compile(task: tuple[str, int, str, int, int]) -> None:
     try:
         if shares > 1:
             _import_peers()
-            _only_compile(share, shares)
+            only_compile(share, shares)
         work = case.contenders[name]()
         for run in reversed(work.runs.values()):  # forward with backward first: it compiles most
             if not isinstance(run, Captured):
@@ -76,7 +76,7 @@ def _import_peers() -> None:
     peers.fla("layers")
 
 
-def _only_compile(share: int, shares: int) -> None:
+def only_compile(share: int, shares: int) -> None:
     """Every search of this process compiles each `shares`-th configuration, from `share` on, and times nothing.
 
     What is chosen then only has to run, so that the contender gets to its next kernel: one of the share's, or where

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from chela_plugin.bench import peers
 from chela_plugin.bench.cases import Build, Case, Work
 from chela_plugin.bench.layers import dtype_on
-from chela_plugin.bench.timing import BANDWIDTH
+from chela_plugin.bench.timing import BANDWIDTH, passes
 from chela_plugin.kernels.backend import backend
 from chela_plugin.kernels.gated_norm import gated_norm, reference
 from chela_plugin.kernels.linear_attention import linear_attention
@@ -48,13 +48,7 @@ def case(op: str, axes: dict[str, int | str], inputs: int, outputs: int, build: 
 
 
 def work(function: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor, path: str) -> Work:
-    live = [x.detach().requires_grad_() for x in leaves]
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(*live)
-
-    return Work({"forward": forward, "forward_backward": lambda: torch.autograd.grad(function(*live), live, dy)}, path)
+    return Work(passes(function, leaves, dy), path)
 
 
 # Linear attention -----------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import hashlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chela_plugin.harness import environment
 
@@ -19,6 +20,25 @@ MATMUL_RATE = 7.0e14  # operations a second of a large bf16 product on the H100 
 HEAD_START = 6_000_000  # cycles, about 3 ms: the host runs ahead, so that launches are not what is timed
 
 Run = Callable[[], object]
+
+
+def passes(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], dy: Tensor, *, allow_unused: bool = False
+) -> dict[str, Run]:
+    """`function(*leaves)`, 'forward' alone and 'forward_backward' with the gradient of every leaf.
+
+    `allow_unused`: some leaves may be left out by the function.
+    """
+    live = [x.detach().requires_grad_() for x in leaves]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*live)
+
+    def forward_backward() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(function(*live), live, dy, allow_unused=allow_unused)
+
+    return {"forward": forward, "forward_backward": forward_backward}
 
 
 def interleaved(runs: dict[str, Run], rounds: int, device: torch.device | str) -> dict[str, list[float]]:

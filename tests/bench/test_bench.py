@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from chela_plugin.bench import peers, timing
 from chela_plugin.bench import record as files
-from chela_plugin.bench.ahead import _only_compile
+from chela_plugin.bench.ahead import only_compile
 from chela_plugin.bench.cases import Case, Unavailable, Work
 from chela_plugin.bench.graphs import Captured
 from chela_plugin.bench.plot import draw, panels_of
@@ -133,7 +133,7 @@ def test_processes_compile_every_configuration_once_and_go_on_with_one_that_runs
     runtime = pytest.importorskip("triton.runtime")
 
     class Search:
-        """What `_only_compile` needs of Triton's; configuration n takes n shared memory, of which there is 2."""
+        """What `only_compile` needs of Triton's; configuration n takes n shared memory, of which there is 2."""
 
         def __init__(self):
             self.configs = [SimpleNamespace(pre_hook=None, all_kwargs=lambda n=n: {"n": n}) for n in (9, 8, 2, 3, 1)]
@@ -148,7 +148,7 @@ def test_processes_compile_every_configuration_once_and_go_on_with_one_that_runs
     monkeypatch.setattr(runtime, "Autotuner", Search)
     tried = []
     for share in range(3):
-        _only_compile(share, 3)
+        only_compile(share, 3)
         search = Search()
         times = [search._bench(config=config)[0] for config in search.configs]
         chosen = search.configs[times.index(min(times))].all_kwargs()["n"]
