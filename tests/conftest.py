@@ -1,5 +1,5 @@
-"""For all tests: what a machine without a GPU leaves out, kernels under the interpreter, small language models, a
-mamba_ssm without its extension, hypothesis's examples.
+"""For all tests: what a machine without a GPU leaves out, hypothesis's examples, kernels under the interpreter, and
+what tests of several folders use: small language models, recall in mixed lengths, a mamba_ssm without its extension.
 
 In CI a property has the examples that its test says, in the nightly mode (CHELA_NIGHTLY=1) 2,000.
 """
@@ -83,6 +83,29 @@ def small_lm() -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models as small as those of tests only wait for each other's threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def recall(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """MQAR's training examples as the file's MIXTURE, in the task's own words, has them."""
+    from chela_plugin.harness.config import load_task
+    from chela_plugin.harness.tasks import SPLITS, examples
+
+    words = ["vocabulary=2048", *(f"{split}={request.module.MIXTURE}" for split in SPLITS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHELA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield examples(load_task("mqar", words), "train")
 
 
 @pytest.fixture

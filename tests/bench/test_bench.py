@@ -19,14 +19,7 @@ from chela_plugin.bench.runner import OutOfTime, at_most, run_suite
 from chela_plugin.cli import app
 from chela_plugin.harness.config import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bench(*words):

@@ -6,9 +6,8 @@ from timm.data.loader import PrefetchLoader
 
 from chela_plugin.harness import training
 from chela_plugin.harness.backbones import build
-from chela_plugin.harness.config import LanguageBackbone, Training, load_task
+from chela_plugin.harness.config import LanguageBackbone, Training
 from chela_plugin.harness.results import load_tensors
-from chela_plugin.harness.tasks import examples
 from chela_plugin.harness.train.images import held
 
 pytestmark = pytest.mark.gpu
@@ -27,14 +26,6 @@ class Watcher:
     def stop(self):
         self.asked += 1
         return self.asked == self.stop_after
-
-
-@pytest.fixture(scope="module")
-def recall(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHELA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        words = ["vocabulary=2048", *(f"{split}={MIXTURE}" for split in ("train", "validation", "test"))]
-        yield examples(load_task("mqar", words), "train")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""A tiny ablation of real digits that runs in seconds, and the numbers of a record that don't depend on the clock."""
+"""A tiny ablation of real digits that runs in seconds, the `chela` command, a record's numbers but for the clock's."""
 
 import copy
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from chela_plugin import cli
 from chela_plugin.harness.results import load_tensors
 
 TINY = {
@@ -23,12 +25,30 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def threads(one_thread):
+    """Every test of this folder runs on one."""
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated data is kept in the test's own folder."""
+    monkeypatch.setenv("CHELA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def chela(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`chela('report', 'x')` returns exit code, stdout, stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["chela", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(cli, "console", cli.Console(highlight=False, width=120))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

@@ -1,27 +1,8 @@
 """The `chela` command: what it prints, and that a mistake is one message and exit code 2."""
 
 import importlib.util
-import sys
 
 import pytest
-
-from chela_plugin import cli
-
-
-@pytest.fixture
-def chela(monkeypatch, capsys):
-    """`chela('report', 'x')` returns exit code, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["chela", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "120")
-        monkeypatch.setattr(cli, "console", cli.Console(highlight=False, width=120))
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_mixers_are_listed(chela):

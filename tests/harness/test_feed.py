@@ -5,22 +5,14 @@ import torch
 
 from chela_plugin.harness import feed
 from chela_plugin.harness.backbones import Logits, build, loss_sum
-from chela_plugin.harness.config import LanguageBackbone, load_task
+from chela_plugin.harness.config import LanguageBackbone
 from chela_plugin.harness.data_order import batch_rows, bucket_rows
-from chela_plugin.harness.tasks import IGNORE, Examples, examples
+from chela_plugin.harness.tasks import IGNORE, Examples
 from chela_plugin.harness.training import evaluate
 from chela_plugin.harness.update import adamw, set_learning_rate
 
 CPU = torch.device("cpu")
 MIXTURE = "[{length: 16, pairs: 2, examples: 12}, {length: 24, pairs: 4, examples: 12}]"
-
-
-@pytest.fixture(scope="module")
-def recall(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHELA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        words = ["vocabulary=2048", *(f"{split}={MIXTURE}" for split in ("train", "validation", "test"))]
-        yield examples(load_task("mqar", words), "train")
 
 
 def test_a_split_on_the_device_gives_the_same_batches(recall):

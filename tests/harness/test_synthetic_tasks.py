@@ -9,6 +9,8 @@ from chela_plugin.harness.task_configs import synthetic
 from chela_plugin.harness.tasks import IGNORE, SPLITS, examples, mqar
 from chela_plugin.harness.tasks.random_state import numpy_generator
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SMALL = {
     "vocabulary": 64,
     "validation": [{"length": 32, "pairs": 8, "examples": 30}],
@@ -23,11 +25,6 @@ MAD = {
     if issubclass(kind, synthetic.MADTask)
     for name in kind.model_fields["task"].annotation.__args__
 }
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHELA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("config", [MQAR, *MAD.values()], ids=lambda config: config.task)

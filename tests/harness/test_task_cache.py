@@ -9,12 +9,9 @@ from chela_plugin.harness.results import ResultsError
 from chela_plugin.harness.task_configs.synthetic import CompressionTask
 from chela_plugin.harness.tasks import cache, examples, mad, prepare
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CONFIG = CompressionTask(task="mad_compression", train_examples=20, validation_examples=10, test_examples=10)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHELA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

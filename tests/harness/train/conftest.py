@@ -58,11 +58,9 @@ IMAGES = {
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """One thread, and the switch for deterministic algorithms as it was."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
+    """The switch for deterministic algorithms."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
     yield
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
 
 

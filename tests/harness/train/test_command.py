@@ -2,27 +2,10 @@
 
 import os
 import signal
-import sys
 
 import pytest
 
-from chela_plugin import cli
 from chela_plugin.harness.train import show
-
-
-@pytest.fixture
-def chela(monkeypatch, capsys):
-    """`chela('train', ...)` returns exit code, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["chela", *map(str, words)])
-        monkeypatch.setattr(cli, "console", cli.Console(highlight=False, width=120))
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_end_says_where_all_is(chela, config_file, tmp_path, monkeypatch):
