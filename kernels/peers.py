@@ -14,6 +14,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
@@ -56,22 +57,27 @@ def find(name: str) -> tuple[Callable[..., Any] | None, str]:
     if spec is None:
         return None, f"{package} is not installed"
     try:
-        return getattr(_import(home, spec.submodule_search_locations), name), ""
+        return getattr(_import(home, spec), name), ""
     except Exception as error:  # a mismatch with torch, triton or a compiled extension takes many forms
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"{home} is installed but can't be imported, so plain PyTorch runs ({reason})", stacklevel=3)
         return None, reason
 
 
-def _import(home: str, path: Any) -> types.ModuleType:
+def bare_mamba_ssm(spec: ModuleSpec) -> types.ModuleType:
+    """A parent for mamba_ssm's Triton modules that, unlike the package's own code, asks for no CUDA extension."""
+    bare = types.ModuleType("mamba_ssm")
+    bare.__path__ = list(spec.submodule_search_locations or ())
+    bare.__spec__ = spec  # without one `find_spec` raises from then on
+    return bare
+
+
+def _import(home: str, spec: ModuleSpec) -> types.ModuleType:
     package = home.partition(".")[0]
     if package != "mamba_ssm" or package in sys.modules:
         return importlib.import_module(home)
-    # `import mamba_ssm` asks for its CUDA extension, its Triton kernels don't: import them under a bare parent, and
-    # leave the name to whoever imports the package itself.
-    parent = types.ModuleType(package)
-    parent.__path__ = list(path)
-    sys.modules[package] = parent
+    # Under a bare parent, and the name is then left to whoever imports the package itself.
+    sys.modules[package] = bare_mamba_ssm(spec)
     try:
         return importlib.import_module(home)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import types
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.bench.cases import Unavailable
+from chela_plugin.kernels.peers import bare_mamba_ssm
 
 
 def fla(module: str) -> Any:
@@ -47,15 +47,19 @@ def mamba_ssm_importable() -> str | None:
         except Exception:  # no extension, or an extension for another torch
             for name in [name for name in sys.modules if name == "mamba_ssm" or name.startswith("mamba_ssm.")]:
                 del sys.modules[name]
-            bare = types.ModuleType("mamba_ssm")
-            bare.__path__ = list(found.submodule_search_locations)
-            bare.__spec__ = found  # without one `find_spec` raises from then on
-            sys.modules["mamba_ssm"] = bare
+            sys.modules["mamba_ssm"] = bare_mamba_ssm(found)
     try:
         importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     except Exception as error:
         return f"mamba_ssm can't be imported ({type(error).__name__}: {error})"
     return None
+
+
+def needs_mamba_ssm(device: torch.device) -> None:
+    needs_cuda(device, "mamba_ssm")
+    reason = mamba_ssm_importable()
+    if reason:
+        raise Unavailable(reason)
 
 
 class FlaLayer(nn.Module):
@@ -88,19 +92,13 @@ def mamba2_layer(dim: int, device: torch.device, expand: float) -> nn.Module:
 
     In eval mode, gradients and all: in training mode it takes the fused path, which needs the causal_conv1d package.
     """
-    needs_cuda(device, "mamba_ssm")
-    reason = mamba_ssm_importable()
-    if reason:
-        raise Unavailable(reason)
+    needs_mamba_ssm(device)
     return FlaLayer(fla("layers").Mamba2(hidden_size=dim, expand=expand, backend="triton")).eval()
 
 
 def mamba_ssm_layer(dim: int, device: torch.device, expand: float) -> nn.Module:
     """mamba_ssm's own Mamba-2 module, without its CUDA extension and causal_conv1d: torch's convolution instead."""
-    needs_cuda(device, "mamba_ssm")
-    reason = mamba_ssm_importable()
-    if reason:
-        raise Unavailable(reason)
+    needs_mamba_ssm(device)
     module = importlib.import_module("mamba_ssm.modules.mamba2")
     # It computes widths as expand * dim and needs whole numbers: 1.25 would make a float of them.
     return module.Mamba2(dim, expand=Fraction(expand), use_mem_eff_path=False)
