@@ -22,7 +22,26 @@ from chela_plugin.registry.spec import NATIVE
 from chela_plugin.unordered import create_unordered_mixer
 
 
-class MixerAttention(nn.Module):
+class TimmMixer(nn.Module):
+    """A mixer in a place of timm's; `create`: further arguments of `create_unordered_mixer`."""
+
+    def __init__(self, spec: str | MixerSpec, dim: int, *, proj_drop: float, **create: Any):
+        super().__init__()
+        self.spec = str(spec)
+        self.dim = dim
+        self.mixer = create_unordered_mixer(spec, dim, **create)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Undo what timm's initialisation of every Linear did to the mixer, which initialises itself."""
+        reset_mixer(self.mixer)
+
+    def extra_repr(self) -> str:
+        return self.spec
+
+
+class MixerAttention(TimmMixer):
     """A mixer with the signature of `timm.layers.Attention`: `[B, N, C]` to `[B, N, C]`, prefix tokens first.
 
     The mixer sees all N tokens as one sequence: class and register tokens come first in it, then the patches row by
@@ -49,13 +68,9 @@ class MixerAttention(nn.Module):
         dtype=None,
         **_softmax: Any,  # see the docstring
     ):
-        super().__init__()
         if attn_drop > 0:
             raise ValueError(f"attn_drop_rate drops softmax weights, and {spec} has none; set it to 0")
-        self.spec = str(spec)
-        self.mixer = create_unordered_mixer(spec, dim, depth=depth, layer_idx=layer_idx, device=device, dtype=dtype)
-        self.dim = dim
-        self.proj_drop = nn.Dropout(proj_drop)
+        super().__init__(spec, dim, proj_drop=proj_drop, depth=depth, layer_idx=layer_idx, device=device, dtype=dtype)
         if getattr(self.mixer, "uses_grid", False):
             raise ValueError(f"{spec} needs the patch grid, which timm's blocks don't pass on; use chela_vit instead")
 
@@ -69,11 +84,6 @@ class MixerAttention(nn.Module):
         if not onto:
             raise ValueError(f"{self.spec} has no output projection for timm's fix_init to scale; set fix_init=False")
         return onto[-1]
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Undo what timm's initialisation of every Linear did to the mixer, which initialises itself."""
-        reset_mixer(self.mixer)
 
     def forward(
         self,
@@ -106,11 +116,8 @@ class MixerAttention(nn.Module):
         there = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
         return self.mixer(x, attention_mask=there[:, 0, 0])
 
-    def extra_repr(self) -> str:
-        return self.spec
 
-
-class MapMixer(nn.Module):
+class MapMixer(TimmMixer):
     """A mixer where timm's MetaFormer has a token mixer: `[B, C, H, W]` to `[B, C, H, W]`, the places row by row.
 
     `proj_drop` is honoured. A mixer with a two-dimensional form takes it.
@@ -129,28 +136,16 @@ class MapMixer(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        self.spec = str(spec)
-        self.dim = dim
-        self.mixer = create_unordered_mixer(
-            spec, dim, depth=depth, layer_idx=layer_idx, dims=2, device=device, dtype=dtype
+        super().__init__(
+            spec, dim, proj_drop=proj_drop, depth=depth, layer_idx=layer_idx, dims=2, device=device, dtype=dtype
         )
         self.uses_grid = getattr(self.mixer, "uses_grid", False)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Undo what timm's initialisation of every Linear did to the mixer, which initialises itself."""
-        reset_mixer(self.mixer)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (x.shape[2], x.shape[3])
         tokens = x.flatten(2).transpose(1, 2)
         mixed = self.mixer(tokens, grid=grid) if self.uses_grid else self.mixer(tokens)
         return self.proj_drop(mixed).transpose(1, 2).reshape(x.shape)
-
-    def extra_repr(self) -> str:
-        return self.spec
 
 
 @torch.no_grad()

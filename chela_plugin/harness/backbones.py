@@ -40,19 +40,9 @@ def build(config: Backbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.M
     """A model from a batch of inputs to logits. `data` gives the input's shape and the number of classes."""
     if isinstance(config, LanguageBackbone):
         need("transformers", "lm")
-        from chela_plugin.lm import ChelaConfig, ChelaForCausalLM
+        from chela_plugin.lm import ChelaForCausalLM
 
-        return Logits(
-            ChelaForCausalLM(
-                ChelaConfig(
-                    vocab_size=data.vocabulary or data.classes,
-                    hidden_size=config.dim,
-                    num_hidden_layers=config.depth,
-                    intermediate_size=mlp_hidden,
-                    mixer=mixer,
-                )
-            )
-        )
+        return Logits(ChelaForCausalLM(_language_config(config, data, mixer, mlp_hidden)))
     if isinstance(config, SequenceBackbone):
         need("transformers", "lm")
         return _sequence_model(config, data, mixer, mlp_hidden)
@@ -88,19 +78,25 @@ def resize(model: nn.Module, images: Tensor) -> None:
     model.set_input_size(img_size=tuple(images.shape[-2:]))  # type: ignore[operator]
 
 
+def _language_config(config: LanguageBackbone | SequenceBackbone, data: Examples, mixer: str, mlp_hidden: int) -> Any:
+    """The ChelaConfig of either's blocks."""
+    from chela_plugin.lm import ChelaConfig
+
+    return ChelaConfig(
+        vocab_size=data.vocabulary or data.classes,
+        hidden_size=config.dim,
+        num_hidden_layers=config.depth,
+        intermediate_size=mlp_hidden,
+        mixer=mixer,
+    )
+
+
 def _sequence_model(config: SequenceBackbone, data: Examples, mixer: str, mlp_hidden: int) -> nn.Module:
     from chela_plugin.harness.sequence_model import SequenceModel
-    from chela_plugin.lm import ChelaConfig
 
     signal = data.inputs.is_floating_point()
     return SequenceModel(
-        ChelaConfig(
-            vocab_size=data.vocabulary or data.classes,
-            hidden_size=config.dim,
-            num_hidden_layers=config.depth,
-            intermediate_size=mlp_hidden,
-            mixer=mixer,
-        ),
+        _language_config(config, data, mixer, mlp_hidden),
         data.classes,
         channels=data.inputs.shape[2] if signal else 0,
         causal=config.causal,
