@@ -51,7 +51,8 @@ def compile_ahead(suite: str, filters: list[str], processes: int, budget_s: floa
 
 def _compile(task: tuple[str, int, str, int, int]) -> None:
     suite, index, name, share, shares = task
-    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"  # a share's best is not the search's
+    # A share's best is not the search's: neither Triton nor fla may keep it.
+    os.environ["TRITON_CACHE_AUTOTUNING"] = os.environ["FLA_CACHE_RESULTS"] = "0"
     device = torch.device("cuda")
     case = importlib.import_module(f"chela_plugin.bench.{suite}").cases(device)[index]
     try:

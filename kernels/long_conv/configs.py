@@ -99,8 +99,8 @@ class ModalBlocks(NamedTuple):
     stages: int
 
 
-def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> ModalBlocks:
-    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' (with short taps?) or 'sums'.
+def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'.
 
     All share one chunk."""
     if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
@@ -108,7 +108,7 @@ def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> Moda
     if part == "ends":
         return ModalBlocks(64, 64, 4, 2)
     # In tf32 a scan of 64 columns read shared memory before it was fenced, as compiled by Triton 3.6.
-    narrow = part == "scan" and (short or arithmetic(dtype) == "tf32")
+    narrow = part == "scan" and arithmetic(dtype) == "tf32"
     return ModalBlocks(64, 32 if narrow else 64, 4, 1)
 
 

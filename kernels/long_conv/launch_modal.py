@@ -190,7 +190,7 @@ def _scan(
 
     flipped: over the tokens in reverse order. ahead: short taps in front of lag 0. add: a summand of u, laid out as y.
     """
-    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None)
+    blocks = modal_blocks_for(x.dtype, "scan")
     into, out = (m.out, m.into) if reverse else (m.into, m.out)
     starts = _starts(x, flipped, into, m.turn, plan, reverse) if plan.carries else None
     x_start, x_strides = view_of(x, flipped)

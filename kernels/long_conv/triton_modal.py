@@ -273,7 +273,7 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
     shift = tl.zeros((N,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, live, other=0.0).to(tl.float32)
-    acc_scale = tl.zeros((N,), tl.float32)
+    acc_scale = tl.zeros((C // 4, N), tl.float32)
     h = tl.arange(0, H) * RUN
     tap = ()
     for k in tl.static_range(K):
@@ -308,7 +308,8 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
         S2 = tl.dot(XT, V2, A2, input_precision=PRECISION)
         total = tl.trans(acc)
         if REVERSE and SCALE:
-            acc_scale += tl.sum(total * met.to(tl.float32), 0)
+            # A quarter of the rows is what all threads hold once: a sum over the quarters stays in each thread.
+            acc_scale += tl.sum(tl.reshape(total * met.to(tl.float32), (4, C // 4, N)), 0)
         total = total * factor[None, :] + shift[None, :]
         if K > 0:
             sums = ()
@@ -327,7 +328,7 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
             total = total / (1 + tl.exp(-total))
         tl.store(y[None, :] + at, total.to(y.dtype.element_ty), held)
     if REVERSE and SCALE:
-        tl.store(dscale + d * segments + segment, acc_scale, live)
+        tl.store(dscale + d * segments + segment, tl.sum(acc_scale, 0), live)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
