@@ -106,7 +106,8 @@ def search_fla(T: int, H: int, K: int, V: int) -> None:
 def compile_fla(case: tuple[int, tuple[int, int, int]]) -> None:
     """Every FLA_SHARES-th of the configurations that fla searches through, so that the search finds them compiled."""
     share, shape = case
-    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"  # a share's best is not the search's
+    # A share's best is not the search's: neither Triton nor fla, not imported yet, may keep it.
+    os.environ["TRITON_CACHE_AUTOTUNING"] = os.environ["FLA_CACHE_RESULTS"] = "0"
     only_compile(share, FLA_SHARES)
     try:
         search_fla(2048, *shape)
