@@ -1,4 +1,4 @@
-"""Recurrences in full precision: autocast would round their states and decays to bf16."""
+"""What is computed in fp32 at least, whatever the model or autocast has: states, decays, generated taps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast off on the device of `x` (the meta device has none to turn off)."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def precise(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def at_least_fp32(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from chela_plugin.kernels.backend import backend
 from chela_plugin.kernels.gated_norm import gated_norm
 from chela_plugin.kernels.linear_attention import MAX_WIDTH
+from chela_plugin.kernels.precision import precise
 
 from .attend import attend, empty_state
 from .fused import FusedAttention, Shape, fusible
-from .initial import reset_projections
-from .long_kernel import decay_init, no_weight_decay, precise
+from .initial import decay_init, no_weight_decay, reset_projections
 from .mixer import Cache, Mixer
 from .plain import on_grid, plain_conv, with_weights_of
 from .short_long_conv import ShortLongConv

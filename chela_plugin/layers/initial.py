@@ -1,4 +1,4 @@
-"""How CHELA and the attention-like mixers start: one scheme for all of them, so that comparisons don't measure it."""
+"""How CHELA and the other mixers start: alike where they can, so that comparisons don't measure it."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def log_uniform_step_bias(bias: Tensor) -> None:
     step = torch.empty_like(bias, dtype=torch.float32)
     step.uniform_(math.log(0.001), math.log(0.1)).exp_()
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
+def decay_init(rows: int, shortest: float, longest: float, device=None) -> Tensor:
+    """Time constants in tokens, log-spaced over the rows: the rows look back over different ranges from the start."""
+    return torch.logspace(math.log10(shortest), math.log10(longest), rows, device=device)
+
+
+def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter that weight decay must leave alone (the mark that Mamba's code uses)."""
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]  # optimiser factories look for this name
+    return parameter

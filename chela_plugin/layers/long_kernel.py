@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chela_plugin.kernels.folded_taps.reference import multiscale_taps
+from chela_plugin.kernels.precision import precise
+
+from .initial import decay_init, no_weight_decay
 
 LONG_KERNELS = ("multiscale", "explicit", "modal", "implicit")
 
@@ -57,17 +60,6 @@ class LongKernel(nn.Module):
         """What `taps` holds at once for each lag, in bytes, without a gradient; the taps themselves here."""
         first = next(self.parameters())
         return first.shape[0] * (8 if first.dtype == torch.float64 else 4)
-
-
-def decay_init(rows: int, shortest: float, longest: float, device=None) -> Tensor:
-    """Time constants in tokens, log-spaced over the rows: the rows look back over different ranges from the start."""
-    return torch.logspace(math.log10(shortest), math.log10(longest), rows, device=device)
-
-
-def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that weight decay must leave alone (the mark that Mamba's code uses)."""
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]  # optimiser factories look for this name
-    return parameter
 
 
 class MultiscaleKernel(LongKernel):
@@ -228,8 +220,3 @@ class ImplicitKernel(LongKernel):
 
     def l1_bound(self) -> Tensor:
         return torch.ones_like(precise(self.log_time))
-
-
-def precise(parameter: Tensor) -> Tensor:
-    """At least fp32: taps of a bf16 model are generated in fp32 all the same."""
-    return parameter if parameter.dtype == torch.float64 else parameter.float()

@@ -15,9 +15,10 @@ from chela_plugin.kernels.backend import backend, traced
 from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import MAX_SHORT, long_conv, modal_conv, short_modal_conv
+from chela_plugin.kernels.precision import precise
 
 from . import grid_short_long, streaming
-from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel, precise
+from .long_kernel import LONG_KERNELS, LongKernel, ModalKernel, create_long_kernel
 from .mixer import Cache
 
 # What the taps of one convolution may take while they are generated, far above any useful filter: 1,024 channels of a

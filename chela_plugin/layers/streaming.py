@@ -31,8 +31,9 @@ from chela_plugin.kernels.folded_taps import folded_taps
 from chela_plugin.kernels.long_conv import long_conv
 from chela_plugin.kernels.long_conv.reference import modal_powers, modal_residues
 from chela_plugin.kernels.modal_step import modal_step
+from chela_plugin.kernels.precision import precise
 
-from .long_kernel import ModalKernel, precise
+from .long_kernel import ModalKernel
 from .mixer import Cache
 
 if TYPE_CHECKING:

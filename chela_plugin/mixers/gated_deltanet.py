@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from chela_plugin.kernels.backend import computed_dtype
 from chela_plugin.kernels.gated_delta_rule import backend, gated_delta_rule, gated_delta_rule_step
+from chela_plugin.kernels.precision import precise
 from chela_plugin.layers.causal_conv import CausalConv
-from chela_plugin.layers.initial import log_uniform_step_bias, reset_projections
-from chela_plugin.layers.long_kernel import no_weight_decay, precise
+from chela_plugin.layers.initial import log_uniform_step_bias, no_weight_decay, reset_projections
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import expanded, heads_at_least, key_value_heads

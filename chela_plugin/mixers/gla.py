@@ -12,9 +12,9 @@ from chela_plugin.kernels import gated_linear_attention as channel_decay
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.backend import computed_dtype
 from chela_plugin.kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from chela_plugin.kernels.precision import precise
 from chela_plugin.layers.attend import attend
 from chela_plugin.layers.initial import reset_projections
-from chela_plugin.layers.long_kernel import precise
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, expanded, fewest_heads, heads_at_least, key_value_heads

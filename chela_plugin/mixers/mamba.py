@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.precision import precise
 from chela_plugin.kernels.selective_scan import selective_scan, selective_scan_step
 from chela_plugin.layers.causal_conv import CausalConv
-from chela_plugin.layers.initial import log_uniform_step_bias
-from chela_plugin.layers.long_kernel import no_weight_decay, precise
+from chela_plugin.layers.initial import log_uniform_step_bias, no_weight_decay
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.heads import expanded
 from chela_plugin.mixers.recurrent import ConvolvedMixer, recur

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from chela_plugin.kernels import linear_attention as kernel
 from chela_plugin.kernels.backend import computed_dtype, requested
 from chela_plugin.kernels.peers import peer
-from chela_plugin.kernels.precision import without_autocast
+from chela_plugin.kernels.precision import precise, without_autocast
 from chela_plugin.layers.attend import attend
 from chela_plugin.layers.causal_conv import CausalConv
-from chela_plugin.layers.initial import log_uniform_step_bias
-from chela_plugin.layers.long_kernel import no_weight_decay, precise
+from chela_plugin.layers.initial import log_uniform_step_bias, no_weight_decay
 from chela_plugin.layers.mixer import Cache
 from chela_plugin.mixers.gated_norm import GatedRMSNorm
 from chela_plugin.mixers.heads import check_head_widths, divide, expanded
