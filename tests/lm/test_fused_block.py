@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 pytest.importorskip("transformers")
-from chela_plugin.lm import ChelaConfig, ChelaForCausalLM, fused_block, model
+from chela_plugin.lm import fused_block, model
 
 
 def swiglu(gate, up, output_contiguous):
@@ -23,16 +23,12 @@ def swiglu_both(gate, up, d, use_weight, output_contiguous):
 KERNELS = fused_block.Kernels(swiglu, swiglu_both)
 
 
-def test_the_fused_block_has_the_composed_one_s_outputs_and_gradients(monkeypatch):
-    torch.manual_seed(0)
-    config = ChelaConfig(
-        vocab_size=11, hidden_size=32, num_hidden_layers=2, intermediate_size=48, mixer="chela + attention"
-    )
-    lm = ChelaForCausalLM(config).double()
+def test_the_fused_block_has_the_composed_one_s_outputs_and_gradients(monkeypatch, small_lm):
+    lm = small_lm("chela + attention").double().train()
     for parameter in lm.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=1, std=0.1)
-    tokens = torch.randint(11, (2, 9))
+    tokens = torch.randint(61, (2, 9))
 
     def outcome():
         loss = lm(tokens, labels=tokens).loss
