@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many of each kind")
+    parser.add_argument("--only", choices=["exact", "modal"], help="one of the two kinds")
     parser.add_argument("--revision", default=None, help="of the code, where there is no git repository")
     args = parser.parse_args()
     record: dict[str, object] = conditions(args.revision)
@@ -211,7 +212,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     # What matters most first: a run that is cut leaves what it has.
     for part, cases in ((measure, CASES[:6]), (measure_modal, MODAL_CASES), (measure, CASES[6:])):
-        for case in cases[: args.cases]:
+        kind = "modal" if part is measure_modal else "exact"
+        for case in cases[: args.cases] if args.only in (None, kind) else ():
             for row in part(*case, args.rounds):
                 print(json.dumps(row), flush=True)
                 rows.append(row)

@@ -22,7 +22,7 @@ SIZES = {  # pixels -> images a call
     "cpu": {32: 4, 64: 2},
 }
 MODELS = {"cuda": ("chela_vit_small", "vit_small_patch16_224"), "cpu": ("chela_vit_tiny", "vit_tiny_patch16_224")}
-WHATS = ("inference", "training", "inference_graph")
+WHATS = ("inference", "training", "inference_graph", "training_graph")
 MIXERS = ("chela", "attention", "bidirectional(mamba2)", "bidirectional(gla)", "linear_attention")
 
 
@@ -37,9 +37,10 @@ def cases(device: torch.device) -> list[Case]:
         found.append(
             Case(
                 axes={"B": batch, "pixels": pixels, "T": (pixels // 16) ** 2},
-                whats=WHATS[: 3 if device.type == "cuda" else 2],
+                whats=WHATS[: 4 if device.type == "cuda" else 2],
                 contenders=contenders,
                 units=dict.fromkeys(WHATS, (batch, "images")),
+                profiled=(f"{ours}, {MIXERS[0]}",),
             )
         )
     return found
@@ -48,7 +49,8 @@ def cases(device: torch.device) -> list[Case]:
 def work(name: str, mixer: str | None, pixels: int, batch: int, device: torch.device) -> Work:
     """bf16 autocast on a GPU; a training step is loss, gradients and AdamW.
 
-    `inference_graph` is inference as a CUDA graph: what the device takes where the host is no limit.
+    `inference_graph` and `training_graph` are the same as CUDA graphs: what the device takes where the host is no
+    limit. The kernels of the last of them are listed for CHELA.
     """
     torch.manual_seed(0)
     options: dict[str, Any] = {"img_size": pixels}
@@ -75,7 +77,8 @@ def runs(model: nn.Module, folded: nn.Module, pixels: int, batch: int, device: t
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, pixels, pixels, generator=generator).to(device)
     labels = torch.randint(1000, (batch,), generator=generator).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda, capturable=cuda)
 
     def inference() -> Tensor:
         with torch.inference_mode(), bf16(device):
@@ -89,4 +92,5 @@ def runs(model: nn.Module, folded: nn.Module, pixels: int, batch: int, device: t
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    return {"inference": inference, "training": training, "inference_graph": Captured(inference)}
+    graphs = {"inference_graph": Captured(inference), "training_graph": Captured(training)}
+    return {"inference": inference, "training": training, **graphs}

@@ -1,12 +1,7 @@
-"""A block's norms, residual sums and MLP in fewer passes on a GPU: the norms by `kernels.add_norm`, the MLP's SiLU by
-fla's kernels where fla is installed.
+"""A block's MLP in fewer passes on a GPU, its SiLU by fla's kernels where fla is installed.
 
-The composed form (`model.py`) is the definition. Fused, for a residual stream x:
-
-    n, x = norm(x)                      the gradients of both x meet in the norm's backward pass
-    n, x = norm(mixer(n) + x)           the sum in the norm's pass
-    x = x + GatedMLP(n)                 one node: the gradients of n's two products are summed in the product;
-                                        SiLU(gate) * up is not kept but made again in its gradient's pass
+The composed form (`model.py: SwiGLU`) is the definition. Fused it is one node of autograd: the gradients of the two
+products of its input are summed in the product, and SiLU(gate) * up is not kept but made again in its gradient's pass.
 """
 
 from __future__ import annotations
@@ -38,7 +33,7 @@ def fla_kernels() -> Kernels | None:
     return Kernels(swiglu_fwd, swiglu_fwdbwd)
 
 
-def kernels_for(x: Tensor, norms: tuple[nn.RMSNorm, ...], linears: tuple[nn.Linear, ...]) -> Kernels | None:
+def kernels_for(x: Tensor, linears: tuple[nn.Linear, ...]) -> Kernels | None:
     """fla's kernels where they can stand for these modules: eager, on a GPU, one dtype, without hooks or adapters."""
     if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return None
@@ -48,18 +43,18 @@ def kernels_for(x: Tensor, norms: tuple[nn.RMSNorm, ...], linears: tuple[nn.Line
         or os.environ.get("CHELA_BACKEND") == "reference"
     ):
         return None
-    return fla_kernels() if plain((*norms, *linears), x.dtype) else None
+    return fla_kernels() if plain(linears, x.dtype) else None
 
 
-def plain(modules: tuple[nn.Module, ...], dtype: torch.dtype) -> bool:
+def plain(linears: tuple[nn.Linear, ...], dtype: torch.dtype) -> bool:
     """Whether every module is torch's own class with an ordinary weight of `dtype` and without hooks."""
     return all(
-        type(module) in (nn.RMSNorm, nn.Linear)
+        type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and module.weight.dtype == dtype
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
-        for module in modules
+        for module in linears
     )
 
 

@@ -15,13 +15,13 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from chela_plugin.kernels.add_norm import add_rms_norm
 from chela_plugin.lm.cache import CACHE_NAME, ChelaCache, output
 from chela_plugin.lm.config import ChelaConfig
 from chela_plugin.lm.decoding import CapturedCall
 from chela_plugin.lm.fused_block import GatedMLP, kernels_for
 from chela_plugin.lm.hosting import fill_missing, lacks_storage, mark_initialised, own_part
 from chela_plugin.registry import create_mixer
+from chela_plugin.residual import in_turn
 
 
 def only_one(past_key_values: ChelaCache | None, cache: ChelaCache | None) -> ChelaCache | None:
@@ -108,14 +108,13 @@ class ChelaBlock(GradientCheckpointingLayer):
         cache: dict[str, Tensor] | None = None,
     ) -> Tensor:
         options = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "cache": cache}
+        sum_and_norm = getattr(self.mixer, "sum_and_norm", in_turn)
+        x, normed = sum_and_norm(x, None, self.mixer_norm)
+        x, normed = sum_and_norm(x, self.mixer(normed, **options), self.mlp_norm)
         linears = (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-        fused = kernels_for(x, (self.mixer_norm, self.mlp_norm), linears) if torch.is_grad_enabled() else None
+        fused = kernels_for(normed, linears) if torch.is_grad_enabled() else None
         if fused is None:
-            x = x + self.mixer(self.mixer_norm(x), **options)
-            return x + self.mlp(self.mlp_norm(x))
-        eps = self.config.norm_eps
-        x, normed = add_rms_norm(x, None, self.mixer_norm.weight, eps)
-        x, normed = add_rms_norm(x, self.mixer(normed, **options), self.mlp_norm.weight, eps)
+            return x + self.mlp(normed)
         return x + GatedMLP.apply(normed, *(linear.weight for linear in linears), fused)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chela_plugin.registry import MixerSpec, parse_pattern
 from chela_plugin.registry.spec import NATIVE
+from chela_plugin.residual import in_turn
 from chela_plugin.unordered import create_unordered_mixer
 
 __all__ = ["MixerBlock"]
@@ -127,12 +128,6 @@ class PatchConv(nn.Conv2d):
         patches.copy_(x.view(batch, channels, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5))  # cast and moved in one pass
         y = nn.functional.linear(patches.flatten(3), self.weight.flatten(1).to(dtype), self.bias)
         return y.permute(0, 3, 1, 2)
-
-
-def in_turn(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """`(s, norm(s))` with s = x + branch."""
-    x = x if branch is None else x + branch
-    return x, norm(x)
 
 
 def mixers_of(mixer: str, depth: int) -> list[MixerSpec]:

@@ -61,7 +61,11 @@ def test_every_suite_runs_at_small_sizes(suite, filters, wanted, tmp_path):
         assert counted == wanted
     assert all("CUDA" in row["reason"] for row in record["skipped"] if row["name"].startswith("fla"))
     kernels = {row["name"] for row in record["profile"]}
-    profiled = {"layers": {"chela", "chela(long=multiscale)"}, "lm": {"chela", "attention"}}
+    profiled = {
+        "layers": {"chela", "chela(long=multiscale)"},
+        "lm": {"chela", "attention"},
+        "vision": {"chela_vit_tiny, chela"},
+    }
     assert kernels == profiled.get(suite, set())
     assert {"device", "versions", "revision", "source", "rounds"} <= record.keys()
 

@@ -87,6 +87,14 @@ def test_a_norm_that_is_no_plain_layer_norm_is_called(monkeypatch):
     torch.testing.assert_close(s, x + x)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-3)], ids=str)
+def test_what_stands_for_a_norm_computes_it(norm):
+    norm, x, branch = norm.to(DEVICE), draw(2, 3, 8), draw(2, 1, 8).expand(2, 3, 8)
+    s, y = sum_and_norm(x, branch, norm)
+    torch.testing.assert_close(y, norm(x + branch), **FP32)
+    torch.testing.assert_close(s, x + branch)
+
+
 def test_a_hooked_norm_is_called_as_a_module():
     norm = nn.LayerNorm(8)
     norm.register_forward_hook(lambda *_: None)

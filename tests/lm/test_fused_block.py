@@ -1,4 +1,4 @@
-"""A block's fused form against its composed one, with stand-ins for fla's kernels, which need a GPU."""
+"""A block's fused MLP against its composed one, with stand-ins for fla's kernels, which need a GPU."""
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ def test_the_fused_block_has_the_composed_one_s_outputs_and_gradients(monkeypatc
 
 
 @pytest.mark.parametrize("change", ["hook", "adapter", "dtype"])
-def test_modules_with_hooks_adapters_or_another_dtype_are_called_as_modules(change):
-    linear, norm = nn.Linear(4, 4, bias=False), nn.RMSNorm(4)
-    assert fused_block.plain((norm, linear), torch.float32)
+def test_linears_with_hooks_adapters_or_another_dtype_are_called_as_modules(change):
+    linear, other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    assert fused_block.plain((other, linear), torch.float32)
     if change == "hook":
         linear.register_forward_hook(lambda *_: None)
     elif change == "adapter":
         linear = type("Adapted", (nn.Linear,), {})(4, 4)
     else:
-        norm.bfloat16()
-    assert not fused_block.plain((norm, linear), torch.float32)
+        other.bfloat16()
+    assert not fused_block.plain((other, linear), torch.float32)
