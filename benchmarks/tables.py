@@ -91,12 +91,21 @@ def layers() -> str:
 
 
 def language_models() -> str:
-    """Training tokens a second and peak GiB, weights and optimizer included."""
-
-    def cell(row: dict) -> str:
-        return f"{row['tokens_per_second']:,.0f} / {(row['peak_mib'] + row['resident_mib']) / 1024:.1f}"
-
-    return lengths("lm_h100", "T", "train_step", cell)
+    """Training tokens a second, launched step by step / as a CUDA graph of a step, and peak GiB of the first, weights
+    and optimizer included."""
+    rows = [row for row in load("lm_h100")["results"] if row["what"].startswith("train_step")]
+    found = {(row["name"], row["T"], row["what"]): row for row in rows}
+    columns = sorted({row["T"] for row in rows})
+    table = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = []
+        for T in columns:
+            both = [found.get((name, T, what)) for what in ("train_step", "train_step_graph")]
+            speeds = " / ".join(f"{row['tokens_per_second']:,.0f}" if row else "-" for row in both)
+            peak = f", {(both[0]['peak_mib'] + both[0]['resident_mib']) / 1024:.1f}" if both[0] else ""
+            cells.append(speeds + peak if any(both) else "-")
+        table.append([name, *cells])
+    return markdown(["eager / graph, peak", *(f"T = {T:,}" for T in columns)], table)
 
 
 def decoding() -> str:
