@@ -57,10 +57,12 @@ class NotCapturable(RuntimeError):
     """A step that can't be a CUDA graph. The process is done for: a broken capture leaves its random state captured."""
 
 
-def record(step: Callable[[], Tensor], stream: Any) -> tuple[Any, Tensor]:
-    """A graph of `step`'s launches, none of which is done now, and the tensor into which a replay puts its result."""
+def record(step: Callable[[], Tensor], stream: Any, pool: Any) -> tuple[Any, Tensor]:
+    """A graph of `step`'s launches, none of which is done now, and the tensor into which a replay puts its result.
+
+    Graphs of one `pool` share their memory: no two may run at once, and a result is gone with the next replay."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, pool=pool):
         result = step()
     return graph, result
 
@@ -89,6 +91,7 @@ class Update:
         self.fabric, self.model, self.optimizer, self.clip, self.forward = fabric, model, optimizer, clip, forward
         self.on = graphs and fabric.device.type == "cuda"
         self.stream = torch.cuda.Stream(fabric.device) if self.on else None
+        self.pool = torch.cuda.graph_pool_handle() if self.on else None
         self.seen: dict[tuple[Any, ...], int] = {}
         self.captured: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
         self.replayed = 0  # steps
@@ -125,7 +128,7 @@ class Update:
     def _capture(self, shape: tuple[Any, ...], batch: dict[str, Tensor]) -> None:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         try:
-            graph, loss = record(lambda: self._step(inputs), self.stream)
+            graph, loss = record(lambda: self._step(inputs), self.stream, self.pool)
         except Exception as error:  # an operation that reads a number back, or a library that can't be captured
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise NotCapturable(

@@ -26,7 +26,7 @@ def batches(count):
         }
 
 
-def recorded(step, stream):
+def recorded(step, stream, pool):
     """As CUDA does it: the step's memory is the batch's own at each replay, and recording changes no weight."""
     return SimpleNamespace(replay=lambda: loss.copy_(step())), (loss := torch.zeros(()))
 
@@ -65,7 +65,7 @@ def test_shapes_beyond_the_most_graphs_stay_eager(monkeypatch):
 
 
 def test_a_step_that_cannot_be_captured_says_what_runs_it(monkeypatch):
-    def fails(step, stream):
+    def fails(step, stream, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(update, "record", fails)
@@ -76,7 +76,7 @@ def test_a_step_that_cannot_be_captured_says_what_runs_it(monkeypatch):
 def test_weights_that_a_replay_changed_count_as_changed(monkeypatch):
     """What is kept of weights, such as folded taps, is kept by their version."""
     graph = SimpleNamespace(replay=lambda: None)
-    monkeypatch.setattr(update, "record", lambda step, stream: (graph, torch.zeros(())))
+    monkeypatch.setattr(update, "record", lambda *_: (graph, torch.zeros(())))
     model, _, made = trained(graphs=True, steps=2 * EAGER_STEPS)
     before = [p._version for p in model.parameters()]
     made(next(batches(1)))
