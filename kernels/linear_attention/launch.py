@@ -280,6 +280,7 @@ def causal_backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     dinitial = None if initial_state is None else _states(q, rows, heads, K, V)
     k_columns = _blocks(K, XK)
+    per_token = decay.kind == PER_TOKEN
     inner = None  # <S, dS> at the segments' ends, `[parts, segments, H]`
     before: Tensor | None
     after: Tensor | None
@@ -287,20 +288,22 @@ def causal_backward(
         before = saved
         after, inner = _segment_starts(
             q, do, plan, decay, blocks.chunk, dfinal, 1.0 / scale, dinitial, scale,
-            reverse=True, before=None if log_decay is None else saved, last=final,
+            reverse=True, before=saved if per_token else None, last=final,
         )  # fmt: skip
     else:
         before, after = (final if log_decay is None else initial_state), dfinal
-        if dfinal is not None and log_decay is not None:
+        if dfinal is not None and per_token:
             assert final is not None
             inner = (final * dfinal).sum((-1, -2))[None]
     dq, dk = (torch.empty(batch, time, heads, K, dtype=q.dtype, device=q.device) for _ in "qk")
     dv = torch.empty(batch, time, heads, V, dtype=q.dtype, device=q.device)
-    dots = torch.empty(2, k_columns if decay.kind else 0, heads, batch * time, dtype=torch.float32, device=q.device)
+    roles = 2 * k_columns if decay.kind else 0
+    shape = (roles, heads, batch * time) if per_token else (plan.segments, roles, heads)
+    dots = torch.empty(shape, dtype=torch.float32, device=q.device)
     grid = (plan.segments * heads * (2 * k_columns + _blocks(V, XV)),)
     backward_walk(
         grid,
-        (q, k, v, do, dq, dk, dv, dots[0], dots[1], decay.log_decay, decay.g, _or(before, dots), _or(after, dots),
+        (q, k, v, do, dq, dk, dv, dots, decay.log_decay, decay.g, _or(before, dots), _or(after, dots),
          _or(dinitial, dots), _or(plan.cuts, q)),
         (batch * time, decay.stride, scale, time, heads, plan.size, plan.per_row, *_strides(q, k, v, do)),
         K=K, V=V, BK=width_block(K), BV=width_block(V), XK=XK, XV=XV, BT=blocks.chunk, DECAY=decay.kind,
@@ -310,17 +313,16 @@ def causal_backward(
     )  # fmt: skip
     if log_decay is None:
         return dq, dk, dv, None, dinitial
-    static = log_decay.dim() == 1
-    shape = (plan.segments, heads) if static else (batch, time, heads)
-    ddecay = torch.empty(shape, dtype=torch.float32 if static else log_decay.dtype, device=q.device)
+    if not per_token:
+        return dq, dk, dv, dots.sum((0, 1)).to(log_decay.dtype), dinitial
+    ddecay = torch.empty(batch, time, heads, dtype=log_decay.dtype, device=q.device)
     decay_gradient(
-        (plan.segments * heads,), (dots[0], dots[1], _or(inner, dots), log_decay, ddecay, _or(plan.cuts, q)),
-        (time, heads, plan.size, plan.per_row, batch * time, plan.segments,
-         *((0, 0, 0) if static else log_decay.stride())),
-        K_COLUMNS=k_columns, PARTS=0 if inner is None else inner.shape[0], BLOCK=DECAY_TILE, DECAY=decay.kind,
+        (plan.segments * heads,), (dots, _or(inner, dots), log_decay, ddecay, _or(plan.cuts, q)),
+        (time, heads, plan.size, plan.per_row, batch * time, plan.segments, *log_decay.stride()),
+        K_COLUMNS=k_columns, PARTS=0 if inner is None else inner.shape[0], BLOCK=DECAY_TILE,
         VARLEN=plan.cuts is not None, TABLE=plan.table, num_warps=4,
     )  # fmt: skip
-    return dq, dk, dv, ddecay.sum(0).to(log_decay.dtype) if static else ddecay, dinitial
+    return dq, dk, dv, ddecay, dinitial
 
 
 def _segment_starts(

@@ -37,6 +37,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# A multiprocessor's programs are this many apart where all start at once (132 on an H100): the roles are turned so that
+# their costs mix on each.
+PROCESSORS = tl.constexpr(132)
 LEAST = tl.constexpr(-115.41560327111707)  # reference.LEAST_LOG_DECAY in base 2
 
 
@@ -181,10 +184,11 @@ def _read(a, S, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stride_out,
-          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, x0, n, dots, log_decay, g, scale,
-          against, strict, W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr,
-          BT: tl.constexpr, DECAY: tl.constexpr, CARRY: tl.constexpr, END: tl.constexpr, ROW_DOT: tl.constexpr,
+def _walk(a, b, c, e, out, dot, stride_a, stride_b, stride_c, stride_e, stride_out,
+          carry, carry_rows, carry_w, carry_x, carry_scale, end, end_rows, end_scale, ahead, ahead_scale,
+          x0, n, dots, log_decay, g, scale, against, strict,
+          W: tl.constexpr, X: tl.constexpr, BW: tl.constexpr, BX: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr,
+          CARRY: tl.constexpr, END: tl.constexpr, DOT: tl.constexpr, COUNT: tl.constexpr, AHEAD: tl.constexpr,
           THROUGH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One segment, columns x0 to x0 + BX of c and out. Pointers stand at the segment's first token.
 
@@ -192,13 +196,17 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
     the far side of its chunk, less the chunk's pairs that lie before it: y < x where strict is 1, y <= x where it is 0.
     DECAY: 0 none, 1 static, 2 per token. CARRY: the walk starts from `carry_scale * carry[w * carry_w + x * carry_x]`.
     END: the state it ends with, times end_scale, goes to `end`, laid out like `carry`. Rows from carry_rows and
-    end_rows on (W, or 0 for none) are left out. ROW_DOT: `row_dot[t] = out_t . e_t` over these columns, t < dots.
+    end_rows on (W, or 0 for none) are left out.
+    DOT: per token `dot[t] = out_t . e_t` over these columns, t < dots. Static, unless dots is below 0, this walk's
+    share of the decay's gradient (see `backward`) goes to `dot[0]`. COUNT (in time only): this walk counts the bounds
+    of chunks, by a second state Z. AHEAD: `ahead_scale * ahead`, laid out like `carry`, is the state that the other
+    direction brings to the segment's end.
     """
     a_tiles = _tiles(a, n, stride_a, W, BT, BW)
     b_tiles = _tiles(b, n, stride_b, W, BT, BW)
     c_tiles = _tiles(c, n, stride_c, X, BT, BX)
     out_tiles = _tiles(out, n, stride_out, X, BT, BX)
-    if ROW_DOT:
+    if DOT:
         e_tiles = _tiles(e, dots, stride_e, X, BT, BX)
     w = tl.arange(0, BW)[:, None]
     x = x0 + tl.arange(0, BX)[None, :]
@@ -213,6 +221,14 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
     seen = lag <= -strict if THROUGH else lag >= 0
     if DECAY == 1:  # the same in every chunk
         weights = tl.where(seen, tl.exp2(log_decay * lag.to(tl.float32)), 0.0)
+    SUM: tl.constexpr = DOT and DECAY == 1
+    if SUM:
+        shares = tl.zeros((BT,), tl.float32)
+        # Over a whole chunk it leaves nothing that counts beside the rounding of b.
+        kind: tl.constexpr = b.dtype.element_ty
+        fast = log_decay * BT < (-10 if kind == tl.bfloat16 else -16 if kind == tl.float16 else -24)
+    if COUNT:
+        Z = S * tl.where(fast, 1.0, 1.0 / BT)
     chunks = tl.cdiv(n, BT)
     g_tiles = _sums(g, n, DECAY, BT)
     for i in tl.range(0, chunks, num_stages=STAGES):
@@ -238,12 +254,32 @@ def _walk(a, b, c, e, out, row_dot, stride_a, stride_b, stride_c, stride_e, stri
             P = tl.where(seen, P * tl.exp2(g_t[:, None] - g_t[None, :]), 0.0)
         else:
             P = tl.where(seen, -P if THROUGH else P, 0.0)
-        result = tl.dot(P.to(c_t.dtype), c_t, acc=result, input_precision=PRECISION) * scale
-        if ROW_DOT:
-            tl.store(row_dot + t0 + place, tl.sum(result * e_tiles.load([t0, x0]).to(tl.float32), 1), t0 + place < dots)
+        P = P.to(c_t.dtype)
+        result = tl.dot(P, c_t, acc=result, input_precision=PRECISION)
+        if SUM:  # e is loaded no sooner: registers
+            e_t = e_tiles.load([t0, x0]).to(tl.float32)
+            product = tl.sum(result * e_t, 1)
+            shares += (place * sign).to(tl.float32) * product
+            if not COUNT and fast:
+                within = tl.sum(tl.dot(P, c_t, input_precision=PRECISION) * e_t, 1)
+                shares += (tl.minimum(n - t0, BT) - 1).to(tl.float32) * (product - within)
+        result *= scale
+        if DOT and not SUM:
+            tl.store(dot + t0 + place, tl.sum(result * e_tiles.load([t0, x0]).to(tl.float32), 1), t0 + place < dots)
         out_tiles.store([t0, x0], result.to(out.dtype.element_ty))
+        if COUNT:  # last, when the scores and the result have left their registers
+            shares += tl.sum(_read(a_t, Z, PRECISION) * e_t, 1) * (from_start * tl.where(fast, 1.0, BT))
+            Z = Z * tl.exp2(g_end) + S
     if END:
         tl.store(end + at, S * end_scale, (w < end_rows) & (x < X))
+    if SUM:
+        share = tl.sum(shares)
+        if AHEAD:
+            R = tl.load(ahead + at, (w < W) & (x < X), other=0.0) * ahead_scale
+            last = (n - (chunks - 1) * BT).to(tl.float32)
+            Z = tl.where(fast, last * (Z - S), BT * Z + (last - 1 - BT) * S)
+            share += tl.sum(tl.sum(Z * R, 1), 0)
+        tl.store(dot, tl.where(log_decay == LEAST, 0.0, share * scale), dots >= 0)
 
 
 @triton.jit
@@ -270,12 +306,12 @@ def forward(q, k, v, o, log_decay, g, carry, end, cuts, g_stride, scale, T, H, S
     h = h.to(tl.int64)
     _walk(q + row * q_b + start * q_t + h * q_h, k + row * k_b + start * k_t + h * k_h,
           v + row * v_b + start * v_t + h * v_h, q, o + ((row * T + start) * H + h) * V, q, q_t, k_t, v_t, q_t, H * V,
-          carry + state, K, V, 1, 1.0, end + state, K, 1.0, x0, n, 0, log_decay, g, scale, 0, 0,
-          K, V, BK, BX, BT, DECAY, CARRY, END, False, False, PRECISION, STAGES)  # fmt: skip
+          carry + state, K, V, 1, 1.0, end + state, K, 1.0, carry, 1.0, x0, n, 0, log_decay, g, scale, 0, 0,
+          K, V, BK, BX, BT, DECAY, CARRY, END, False, False, False, False, PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit
-def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after, dinitial, cuts,
+def backward(q, k, v, do, dq, dk, dv, dots, log_decay, g, before, after, dinitial, cuts,
              tokens, g_stride, scale, T, H, SEG, SEGMENTS, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
              do_b, do_t, do_h,
              K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, XK: tl.constexpr, XV: tl.constexpr,
@@ -294,14 +330,26 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after,
     pairs behind t, would do as well but for its size: it made bf16's rounding 1.7 % larger in dq.)
 
     `before` holds S at the segments' starts, or at their ends where there is no decay; `after` holds R at their ends
-    (dS_T itself where AFTER_SCALED). With decay `dot_q[t] = q_t . dq_t` and `dot_k` likewise, one row for each column
-    block.
+    (dS_T itself where AFTER_SCALED). `dots`, for the decay's gradient: per token `dots[role, h, t] = q_t . dq_t` or
+    `k_t . dk_t` over the role's columns. Static: `dots[p, role, h]`, which over p and role add up to
+
+        dL/dd = sum of lag(u, s) X(u, s) over pairs,  X(u, s) = scale * exp(g_u - g_s) (dO_u . v_s) (q_u . k_s)
+
+    with pairs of S_0 and dS_T. The lag is split at the bounds of chunks: place in the chunk of u, less that of s, plus
+    the chunk's length for each bound between them. The places weigh the dot products that dq and dk give; within a
+    chunk both round the scores alike, so that what cancels leaves nothing. The bounds are counted by dq's walk alone,
+    in Z <- shrink Z + S, and nothing cancels. (As sums over the whole sequence, t q_t . dq_t - t k_t . dk_t, the
+    rounding of the states, different in dq and dk, is multiplied by t: 2 to 20 % in bf16.) A fast decay leaves nothing
+    over a whole chunk: a bound then counts 1 and the chunk's other tokens weigh what dk takes from later chunks, lest
+    the pairs that cross it count 64 - 63 times. Its error is then of its operands' rounding, in between up to 1 %.
     """
     k_columns: tl.constexpr = (K + XK - 1) // XK
     v_columns: tl.constexpr = (V + XV - 1) // XV
     roles: tl.constexpr = 2 * k_columns + v_columns
     pid = tl.program_id(0)
     role = pid % roles
+    if DECAY == 1 and roles <= PROCESSORS:
+        role = (role + pid // roles // (PROCESSORS // roles) * (roles // 2)) % roles
     h = (pid // roles) % H
     p = pid // roles // H
     row, start, n = _segment(p, cuts, T, SEG, SEGMENTS, VARLEN, TABLE)
@@ -309,6 +357,7 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after,
     at = row * T + start
     if DECAY == 1:
         log_decay = _checked(tl.load(log_decay + h).to(tl.float32))
+        dots += (p.to(tl.int64) * (2 * k_columns) + role) * H + h
     if DECAY == 2:
         g += h.to(tl.int64) * g_stride + _decay_place(p, at, BT)
     h = h.to(tl.int64)
@@ -328,38 +377,46 @@ def backward(q, k, v, do, dq, dk, dv, dot_q, dot_k, log_decay, g, before, after,
     before_scale = 1.0 if DECAY else -1.0
     after_rows = (K if is_dv else V) if AFTER else 0
     after_scale = 1.0 / scale if AFTER_SCALED else 1.0
-    against = 1
-    if DECAY:
-        against = 0 if is_dq else 1
-    strict = 0 if is_dq else 1
-    if DECAY == 0:
-        scale = -scale if is_dq else scale
-    dots = n if DECAY else 0
     block = role % k_columns
-    dot = dot_q
-    if DECAY:
-        dot = (dot_q if is_dq else dot_k) + (block.to(tl.int64) * H + h) * tokens + at
-    if K == V:  # one body for the three roles: less code, less shared memory
-        dots = 0 if is_dv else dots
-        _walk(do if is_dq else (k if is_dv else v), v if is_dq else (q if is_dv else do),
-              k if is_dq else (do if is_dv else q), q if is_dq else k, dq if is_dq else (dv if is_dv else dk), dot,
-              do_t if is_dq else (k_t if is_dv else v_t), v_t if is_dq else (q_t if is_dv else do_t),
-              k_t if is_dq else (do_t if is_dv else q_t), q_t if is_dq else k_t, H * K,
-              before if is_dq else after, before_rows if is_dq else after_rows, V if is_dv else 1, 1 if is_dv else V,
-              before_scale if is_dq else after_scale, dinitial, K if is_dv else 0, scale,
-              block * XK, n, dots, log_decay, g, scale, against, strict,
-              V, K, BV, XK, BT, DECAY, BEFORE or AFTER, END, DECAY != 0, DECAY == 0, PRECISION, STAGES)  # fmt: skip
-    elif is_dv:
-        _walk(k, q, do, k, dv, dot_q, k_t, q_t, do_t, k_t, H * V, after, after_rows, V, 1, after_scale, dinitial, K,
-              scale, (role - 2 * k_columns) * XV, n, 0, log_decay, g, scale, 1, 1,
-              K, V, BK, XV, BT, DECAY, AFTER, END, False, DECAY == 0, PRECISION, STAGES)  # fmt: skip
+    dot = dots
+    if DECAY == 2:
+        dot = dots + (role.to(tl.int64) * H + h) * tokens + at
+    if DECAY == 1 and is_dq:
+        _walk(do, v, k, q, dq, dot, do_t, v_t, k_t, q_t, H * K, before, before_rows, 1, V, 1.0, before, 0, 1.0,
+              after, after_scale, block * XK, n, n, log_decay, g, scale, 0, 0,
+              V, K, BV, XK, BT, DECAY, BEFORE, False, True, True, AFTER, False, PRECISION, STAGES)  # fmt: skip
     else:
-        _walk(do if is_dq else v, v if is_dq else do, k if is_dq else q, q if is_dq else k, dq if is_dq else dk, dot,
-              do_t if is_dq else v_t, v_t if is_dq else do_t, k_t if is_dq else q_t, q_t if is_dq else k_t, H * K,
-              before if is_dq else after, before_rows if is_dq else after_rows, 1, V,
-              before_scale if is_dq else after_scale, before, 0, 1.0, block * XK, n, dots, log_decay, g, scale,
-              against, strict, V, K, BV, XK, BT, DECAY, BEFORE or AFTER, False, DECAY != 0, DECAY == 0,
-              PRECISION, STAGES)  # fmt: skip
+        if DECAY == 1:
+            is_dq = False
+        against = 1
+        if DECAY == 2:
+            against = 0 if is_dq else 1
+        strict = 0 if is_dq else 1
+        if DECAY == 0:
+            scale = -scale if is_dq else scale
+        if K == V:  # one body for the roles: less code, less shared memory
+            rows = -1 if is_dv else n
+            _walk(do if is_dq else (k if is_dv else v), v if is_dq else (q if is_dv else do),
+                  k if is_dq else (do if is_dv else q), q if is_dq else k, dq if is_dq else (dv if is_dv else dk), dot,
+                  do_t if is_dq else (k_t if is_dv else v_t), v_t if is_dq else (q_t if is_dv else do_t),
+                  k_t if is_dq else (do_t if is_dv else q_t), q_t if is_dq else k_t, H * K,
+                  before if is_dq else after, before_rows if is_dq else after_rows,
+                  V if is_dv else 1, 1 if is_dv else V, before_scale if is_dq else after_scale,
+                  dinitial, K if is_dv else 0, scale, after, 1.0,
+                  block * XK, n, rows, log_decay, g, scale, against, strict, V, K, BV, XK, BT,
+                  DECAY, BEFORE or AFTER, END, DECAY != 0, False, False, DECAY == 0, PRECISION, STAGES)  # fmt: skip
+        elif is_dv:
+            _walk(k, q, do, k, dv, dots, k_t, q_t, do_t, k_t, H * V, after, after_rows, V, 1, after_scale, dinitial, K,
+                  scale, after, 1.0, (role - 2 * k_columns) * XV, n, 0, log_decay, g, scale, 1, 1,
+                  K, V, BK, XV, BT, DECAY, AFTER, END, False, False, False, DECAY == 0, PRECISION, STAGES)  # fmt: skip
+        else:
+            _walk(do if is_dq else v, v if is_dq else do, k if is_dq else q, q if is_dq else k,
+                  dq if is_dq else dk, dot,
+                  do_t if is_dq else v_t, v_t if is_dq else do_t, k_t if is_dq else q_t, q_t if is_dq else k_t, H * K,
+                  before if is_dq else after, before_rows if is_dq else after_rows, 1, V,
+                  before_scale if is_dq else after_scale, before, 0, 1.0, after, 1.0,
+                  block * XK, n, n, log_decay, g, scale, against, strict, V, K, BV, XK, BT,
+                  DECAY, BEFORE or AFTER, False, DECAY != 0, False, False, DECAY == 0, PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -460,15 +517,15 @@ def scan(states, totals, initial, final, first, before, last, inner, initial_sca
 
 
 @triton.jit
-def decay_gradient(dot_q, dot_k, inner, log_decay, out, cuts, T, H, SEG, SEGMENTS, tokens, P, d_b, d_t, d_h,
-                   K_COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr,
+def decay_gradient(dots, inner, log_decay, out, cuts, T, H, SEG, SEGMENTS, tokens, P, d_b, d_t, d_h,
+                   K_COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
                    VARLEN: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
-    """dL/d log_decay_t = <S, dS at the segment's end> + sum_{u >= t} (q_u . dq_u - k_u . dk_u).
+    """dL/d log_decay_t = <S, dS at the segment's end> + sum_{u >= t} (q_u . dq_u - k_u . dk_u), per token.
 
     A program is (segment, head). The sum is the inner product of the state before t, decayed, with the gradient of the
     state after t: of all pairs (u, s) those with s < t <= u count once, the others cancel. Starting each segment from
     the inner product of the states at its end, `inner[part, p, h]`, keeps rounding from piling up over the
-    whole sequence. DECAY 2 writes every t, `[B, T, H]`; DECAY 1 their sum over the segment, `[P, H]`.
+    whole sequence.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -478,7 +535,6 @@ def decay_gradient(dot_q, dot_k, inner, log_decay, out, cuts, T, H, SEG, SEGMENT
     for part in tl.static_range(PARTS):
         tail += tl.load(inner + (part * P + p).to(tl.int64) * H + h)
     at = row * T + start
-    sum_over_t = 0.0
     tiles = tl.cdiv(n, BLOCK)
     for i in range(tiles):
         t = (tiles - 1 - i) * BLOCK + tl.arange(0, BLOCK)
@@ -486,20 +542,14 @@ def decay_gradient(dot_q, dot_k, inner, log_decay, out, cuts, T, H, SEG, SEGMENT
         x = tl.zeros((BLOCK,), tl.float32)
         for column in tl.static_range(K_COLUMNS):
             place = (h.to(tl.int64) + column * H) * tokens + at + t
-            x += tl.load(dot_q + place, live, other=0.0) - tl.load(dot_k + place, live, other=0.0)
+            x += tl.load(dots + place, live, other=0.0)
+            x -= tl.load(dots + place + K_COLUMNS * H.to(tl.int64) * tokens, live, other=0.0)
         whole = tl.sum(x)
         d = tail + (whole - tl.cumsum(x) + x)
         tail += whole
-        if DECAY == 2:
-            place = row * d_b + (start + t) * d_t + h.to(tl.int64) * d_h
-            clamped = tl.load(log_decay + place, live, other=0.0).to(tl.float32) * LOG2_E < LEAST
-            d = tl.where(clamped, 0.0, d)
-            tl.store(out + (at + t) * H + h, d.to(out.dtype.element_ty), live)
-        else:
-            sum_over_t += tl.sum(tl.where(live, d, 0.0))
-    if DECAY == 1:
-        clamped = tl.load(log_decay + h).to(tl.float32) * LOG2_E < LEAST
-        tl.store(out + p.to(tl.int64) * H + h, tl.where(clamped, 0.0, sum_over_t))
+        place = row * d_b + (start + t) * d_t + h.to(tl.int64) * d_h
+        clamped = tl.load(log_decay + place, live, other=0.0).to(tl.float32) * LOG2_E < LEAST
+        tl.store(out + (at + t) * H + h, tl.where(clamped, 0.0, d).to(out.dtype.element_ty), live)
 
 
 @triton.jit

@@ -12,8 +12,10 @@ pytestmark = pytest.mark.gpu
 # Rounding of the operands of each product and of the result to 8 and 11 significant bits, and of long fp32 sums;
 # relative to the whole tensor.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-6}
-# A decay's gradient is a sum over the sequence whose terms nearly cancel (one number a head where it is static).
+# The gradient of a decay per token is a sum over the sequence whose terms nearly cancel. That of a static one sums lags
+# within and between chunks of 64 tokens: some roundings of the pairs, in one number a head.
 DECAY_TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 2e-2, torch.float32: 1e-4}
+STATIC_DECAY_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 3e-5}
 
 
 def case(batch, time, heads, K, V, decay=None, dtype=torch.bfloat16, rows=None, seed=0):
@@ -45,7 +47,10 @@ def in_fp64(inputs, do, dstate, **options):
 def assert_close(found, wanted, dtype):
     for name, x in found.items():
         error = float((x.double() - wanted[name]).norm() / wanted[name].norm())
-        assert error < (DECAY_TOLERANCE if name == "log_decay" else TOLERANCE)[dtype], f"{name}: {error:.1e}"
+        bound = TOLERANCE
+        if name == "log_decay":
+            bound = STATIC_DECAY_TOLERANCE if x.dim() == 1 else DECAY_TOLERANCE
+        assert error < bound[dtype], f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("decay", [None, "static", "token"])
@@ -64,6 +69,17 @@ def assert_close(found, wanted, dtype):
 def test_causal_kernels_equal_fp64_with_all_gradients(decay, batch, time, heads, K, V, dtype):
     problem = case(batch, time, heads, K, V, decay, dtype)
     assert_close(run(*problem), in_fp64(*problem), dtype)
+
+
+@pytest.mark.parametrize("rate", [-4.0, -0.7, -0.1, -1e-2, -1e-5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "time", "heads", "K", "V"), [(4, 2000, 8, 64, 64), (1, 8197, 8, 128, 128), (1, 5000, 8, 64, 128)]
+)
+def test_a_static_decays_gradient_at_every_rate(batch, time, heads, K, V, dtype, rate):
+    inputs, do, dstate = case(batch, time, heads, K, V, "static", dtype)
+    inputs["log_decay"] = torch.full((heads,), rate, device="cuda")
+    assert_close(run(inputs, do, dstate), in_fp64(inputs, do, dstate), dtype)
 
 
 @pytest.mark.parametrize("masked", [False, True])
