@@ -541,9 +541,9 @@ def decay_gradient(dots, inner, log_decay, out, cuts, T, H, SEG, SEGMENTS, token
         live = t < n
         x = tl.zeros((BLOCK,), tl.float32)
         for column in tl.static_range(K_COLUMNS):
-            place = (h.to(tl.int64) + column * H) * tokens + at + t
-            x += tl.load(dots + place, live, other=0.0)
-            x -= tl.load(dots + place + K_COLUMNS * H.to(tl.int64) * tokens, live, other=0.0)
+            of_q = (h.to(tl.int64) + column * H) * tokens + at + t
+            of_k = (h.to(tl.int64) + (K_COLUMNS + column) * H) * tokens + at + t
+            x += tl.load(dots + of_q, live, other=0.0) - tl.load(dots + of_k, live, other=0.0)
         whole = tl.sum(x)
         d = tail + (whole - tl.cumsum(x) + x)
         tail += whole

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from compiled import compiled_for_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -269,3 +270,17 @@ def test_step_refuses_what_is_not_one_token():
         linear_attention_step(x[:, None], x[:, None], x[:, None], torch.zeros(2, 3, 4, 4))
     with pytest.raises(ValueError, match="needs a state"):
         linear_attention_step(x, x, x, None)
+
+
+@pytest.mark.parametrize("heads", [1, None])
+def test_the_decay_gradients_kernel_compiles_for_any_number_of_heads(heads):
+    """One head is a constant of the compiled form, a plain int to the kernel's code; the interpreter has none such."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled in this process")
+    from chela_plugin.kernels.linear_attention import triton as kernels
+
+    constants = {"K_COLUMNS": 2, "PARTS": 1, "BLOCK": 128, "VARLEN": False, "TABLE": False}
+    constants |= {} if heads is None else {"H": heads}
+    types = dict.fromkeys(("dots", "inner", "log_decay", "out"), "*fp32") | {"cuts": "*i64"}
+    assert compiled_for_hopper(kernels.decay_gradient, constants, types).asm["ptx"]

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from compiled import compiled_for_hopper
 from torch.nn import functional as F
 from undefined_registers import sass_of, undefined
 
@@ -305,38 +306,19 @@ def fenced_too_late(ptx):
 def test_tensor_cores_read_what_is_there(name, tmp_path):
     """Compiled for an H100: with its products in another order Triton 3.6 fenced one of `modal_sums` too late; in
     another form ptxas 12.8 took an operand's address from a register that nothing had written."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from chela_plugin.kernels.long_conv import configs, triton_modal
 
     kernel = getattr(triton_modal, name)
     blocks = configs.modal_blocks_for(torch.bfloat16, "scan" if name == "modal_scan" else "sums")
-    given = {
-        "C": blocks.chunk,
-        "SP": 16,
-        "CB": 16,
-        "N": blocks.columns,
-        "K": 0,
-        "AHEAD": 0,
-        "ADD": False,
-        "SCALE": True,
-    }
-    given |= {"BIAS": True, "SILU": False, "SAVE": True, "CARRY": True, "REVERSE": False, "PACKED": False}
-    given |= {"PRECISION": "tf32", "STAGES": blocks.stages, "x_d": 1, "y_d": 1, "g_d": 1, "blocks": 1}
-    constants = {n: given[n] for n in kernel.arg_names if n in given}
+    constants = {"C": blocks.chunk, "SP": 16, "CB": 16, "N": blocks.columns, "K": 0, "AHEAD": 0, "ADD": False}
+    constants |= {"SCALE": True, "BIAS": True, "SILU": False, "SAVE": True, "CARRY": True, "REVERSE": False}
+    constants |= {"PACKED": False, "PRECISION": "tf32", "STAGES": blocks.stages, "x_d": 1, "y_d": 1, "g_d": 1}
     halves = ("x", "y", "u", "add", "states", "into", "out", "du", "adjoints")
     sums = ("starts", "taps", "turn", "short", "scale", "bias", "dnear", "dinto", "dout", "dturn", "dscale")
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(halves, "*bf16") | dict.fromkeys(sums, "*fp32")
-    types = {n: types[n] for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | {"places": "*i64"}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if types[n].startswith("*") or n in ("D", "R", "Q", "size", "x_b", "x_t", "y_b", "y_t", "g_b", "g_t")
-    }
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": blocks.warps})
+    types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(sums, "*fp32") | {"places": "*i64"}
+    aligned = ("D", "R", "Q", "size", "x_b", "x_t", "y_b", "y_t", "g_b", "g_t")
+    compiled = compiled_for_hopper(kernel, constants | {"blocks": 1}, types, aligned=aligned, warps=blocks.warps)
     assert "wgmma" in compiled.asm["ptx"]
     assert fenced_too_late(compiled.asm["ptx"]) == 0
     cubin = tmp_path / "kernel.cubin"
