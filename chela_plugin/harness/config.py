@@ -224,6 +224,7 @@ def _find(name: str, folder: Literal["ablations", "tasks"]) -> Path:
 MAX_CONFIG_BYTES = 65_536  # PyYAML reads about 100 KB a second, and an ablation is 2
 MAX_CONFIG_VALUES = 10_000  # with every alias written out
 MAX_CONFIG_INT = 2**63 - 1
+MAX_CONFIG_NESTING = 100  # levels; PyYAML's time grows with their square
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -232,6 +233,19 @@ class _ConfigLoader(yaml.SafeLoader):
     Aliases count as what they stand for. Ten anchors of ten aliases each are ten billion values once something
     walks over them, if only to show them in an error.
     """
+
+    def fetch_flow_collection_start(self, token_class: type) -> None:
+        self._check_nesting()
+        super().fetch_flow_collection_start(token_class)
+
+    def add_indent(self, column: int) -> bool:
+        self._check_nesting()
+        return super().add_indent(column)
+
+    def _check_nesting(self) -> None:
+        if self.flow_level + len(self.indents) >= MAX_CONFIG_NESTING:
+            reason = f"it nests too deep, more than {MAX_CONFIG_NESTING} levels"
+            raise yaml.scanner.ScannerError(None, None, reason, self.get_mark())
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()

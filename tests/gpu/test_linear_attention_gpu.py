@@ -13,9 +13,11 @@ pytestmark = pytest.mark.gpu
 # relative to the whole tensor.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 # The gradient of a decay per token is a sum over the sequence whose terms nearly cancel. That of a static one sums lags
-# within and between chunks of 64 tokens: some roundings of the pairs, in one number a head.
+# within and between chunks of 64 tokens: some roundings of the pairs, in one number a head. Around exp(-0.1), where a
+# pair's weight dies within about one chunk, what is left of random signs is small: up to 3.1e-2 with bf16's roundings
+# under the interpreter, at the shapes below.
 DECAY_TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 2e-2, torch.float32: 1e-4}
-STATIC_DECAY_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 3e-5}
+STATIC_DECAY_TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 6e-3, torch.float32: 3e-5}
 
 
 def case(batch, time, heads, K, V, decay=None, dtype=torch.bfloat16, rows=None, seed=0):
