@@ -133,10 +133,7 @@ def gla_model(sizes: Sizes, device: torch.device) -> nn.Module:
 
 def mamba2_model(sizes: Sizes, device: torch.device) -> nn.Module:
     """Blocks of one mixer and no MLP, as published (expand 2); its layers in eval mode for the reason in `peers`."""
-    peers.needs_cuda(device, "mamba_ssm")
-    reason = peers.mamba_ssm_importable()
-    if reason:
-        raise Unavailable(reason)
+    peers.needs_mamba_ssm(device)
     models = peers.fla("models")
     config = models.Mamba2Config(
         vocab_size=sizes.vocabulary,
