@@ -51,7 +51,7 @@ def linear_attention() -> str:
 def long_conv() -> str:
     """Forward / forward + backward ms, D = 1,024, 32,768 tokens, a filter as long as the sequence.
 
-    Modal filters from a record of their own: the later one has a form of their kernels that was withdrawn.
+    Modal filters from a record of their own, which is later than the other.
     """
     named = {
         name: [row for row in load(name)["results"] if row["D"] == 1024 and row["B"] * row["T"] == 32768]
