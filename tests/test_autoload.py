@@ -118,7 +118,7 @@ def test_importing_chela_plugin_brings_no_torch_and_takes_less_than_50_ms():
 
 
 def test_the_hook_costs_import_torch_less_than_2_ms():
-    """Loading the entry point and calling it, as torch does, with torch's own imports already there."""
+    """Loading the entry point and calling it, as torch does, with torch's own imports already there; the processor's time."""
     program = """
         import torch, sys, time
         taken = []
@@ -126,10 +126,10 @@ def test_the_hook_costs_import_torch_less_than_2_ms():
             for name in [name for name in sys.modules if name.partition('.')[0] == 'chela_plugin']:
                 del sys.modules[name]
             sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != 'HostFinder']
-            start = time.perf_counter()
+            start = time.process_time()
             from chela_plugin.autoload import install
             install()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
             assert type(sys.meta_path[0]).__name__ == 'HostFinder'
         print(min(taken))
     """
