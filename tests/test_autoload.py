@@ -118,7 +118,7 @@ def test_importing_chela_plugin_brings_no_torch_and_takes_less_than_50_ms():
 
 
 def test_the_hook_costs_import_torch_less_than_2_ms():
-    """Loading the entry point and calling it, as torch does, with torch's own imports already there; the processor's time."""
+    """Loading the entry point and calling it, as torch does, with torch's own imports already there; in CPU time."""
     program = """
         import torch, sys, time
         taken = []
