@@ -42,8 +42,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """`(s, y)`: s = x + branch and y = RMSNorm(s) = weight * s / sqrt(mean(s^2) + eps) (arXiv:1910.07467).
 
-    Otherwise as `add_norm`. With bf16 tensors and all gradients 7 tensors of x's size are read or written, where fla's
-    norm with its residual does as much in 2.4 times the time (`benchmarks/NOTES-layers.md`).
+    Otherwise as `add_norm`. Forward and backward it reads or writes 8 tensors of x's size; fla's norm with its residual
+    took 2.0 times as long in a trial on an H100 (`benchmarks/NOTES-layers.md`).
     """
     return _run(x, branch, weight, None, eps, dtype)
 

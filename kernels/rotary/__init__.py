@@ -25,8 +25,8 @@ def rotary_qkv(qkv: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv: `[B, T, 3, H, d]`, d even; what one projection makes.
         position: `[T]` or `[B, T]`, integers.
 
-    v is a view of qkv. The gradient of qkv is written in one pass: 6 tensors of q's size read or written for each way
-    of the three, where separate operations in fp32 and a sum of three padded gradients move about 60.
+    v is a view of qkv. The gradient of qkv is written in one pass, without the sum of three padded gradients that
+    separate operations make.
 
     Raises ValueError for shapes that do not fit.
     """

@@ -323,4 +323,19 @@ def test_tensor_cores_read_what_is_there(name, tmp_path):
     assert fenced_too_late(compiled.asm["ptx"]) == 0
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    assert undefined(sass_of(cubin)) == []
+    sass = sass_of(cubin)
+    assert "HGMMA" in sass and undefined(sass) == []
+
+
+@by_definition
+@pytest.mark.parametrize("fault", [False, True])
+def test_an_operands_address_that_nothing_wrote_is_found(fault):
+    """As ptxas 12.8 left it, and as it should be."""
+    lines = ["UMOV UR12, UR4", "UMOV UR13, 0x40", "UIADD3 UR14, UP0, UR14, 0x20, URZ", "UMOV UR15, 0x40"]
+    lines = ["S2UR UR4, SR_CgaCtaId", *([] if fault else ["UMOV UR14, UR4"]), *lines]
+    lines += ["HGMMA.64x16x16.F32.BF16 R96, gdesc[UR12].tnspB, R96"]
+    sass = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
+    found = undefined(sass)
+    assert [line.split(" reads ")[1] for line in found] == (["UR14"] if fault else [])
+    halved = sass.replace("UMOV UR15, 0x40", "NOP")
+    assert any(line.startswith("HGMMA") and line.endswith("UR15") for line in undefined(halved))
