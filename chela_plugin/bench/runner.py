@@ -6,7 +6,7 @@ import gc
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -58,7 +58,7 @@ def run_suite(
         for case, whats in chosen:
             for name in whats:
                 progress.start(f"{suite} {case.label(name, '')}", 1)
-            rows, skipped, profiles = run_case(case, whats, device, rounds, budget_s)
+            rows, skipped, profiles = run_case(case, whats, device, rounds, budget_s, progress.line)
             record["results"] += rows
             record["skipped"] += skipped
             record["profile"] += profiles
@@ -72,9 +72,18 @@ def run_suite(
 
 
 def run_case(
-    case: Case, whats: dict[str, list[str]], device: torch.device, rounds: int, budget_s: float
+    case: Case,
+    whats: dict[str, list[str]],
+    device: torch.device,
+    rounds: int,
+    budget_s: float,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of what was timed, of what was skipped (with the reason), and of the kernels of what is profiled."""
+    """Rows of what was timed, of what was skipped (with the reason), and of the kernels of what is profiled.
+
+    Args:
+        tell: gets a line whenever a contender is ready to be timed, which can take minutes.
+    """
     works: dict[str, Work] = {}
     first: dict[str, float] = {}
     peaks: dict[tuple[str, str], float | None] = {}
@@ -108,6 +117,7 @@ def run_case(
                 allocates = device.type == "cuda" and not isinstance(run, Captured)
                 peaks[name, what] = timing.peak_over_inputs(run) if allocates else None
             works[name] = work
+            tell(f"{case.label(name, '').strip()}: ready after {first[name]:.1f} s")
         except Unavailable as error:
             reason = str(error)
         except OutOfTime:

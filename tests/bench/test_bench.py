@@ -50,6 +50,7 @@ def test_every_suite_runs_at_small_sizes(suite, filters, wanted, tmp_path):
     result = bench(suite, "--device", "cpu", "--rounds", 1, "--out", out, *words)
     assert result.exit_code == 0, result.output
     record = files.read(out)
+    assert all(f"{row['name']}: ready after" in result.output for row in record["results"])
     for row in record["results"]:
         assert row["ms"][1] <= row["ms"][0] <= row["ms"][2]
         assert row["path"] and row["ready_s"] >= 0
