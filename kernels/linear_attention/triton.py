@@ -259,16 +259,14 @@ def _walk(a, b, c, e, out, dot, stride_a, stride_b, stride_c, stride_e, stride_o
         if SUM:  # e is loaded no sooner: registers
             e_t = e_tiles.load([t0, x0]).to(tl.float32)
             product = tl.sum(result * e_t, 1)
-            shares += (place * sign).to(tl.float32) * product
-            if not COUNT and fast:
-                within = tl.sum(tl.dot(P, c_t, input_precision=PRECISION) * e_t, 1)
-                shares += (tl.minimum(n - t0, BT) - 1).to(tl.float32) * (product - within)
+            reach = tl.where(fast, (tl.minimum(n - t0, BT) - 1).to(tl.float32), 0.0)
+            shares += (place.to(tl.float32) - reach) * sign * product
         result *= scale
         if DOT and not SUM:
             tl.store(dot + t0 + place, tl.sum(result * e_tiles.load([t0, x0]).to(tl.float32), 1), t0 + place < dots)
         out_tiles.store([t0, x0], result.to(out.dtype.element_ty))
         if COUNT:  # last, when the scores and the result have left their registers
-            shares += tl.sum(_read(a_t, Z, PRECISION) * e_t, 1) * (from_start * tl.where(fast, 1.0, BT))
+            shares += tl.sum(_read(a_t, Z, PRECISION) * e_t, 1) * (from_start * tl.where(fast, reach + 1.0, BT))
             Z = Z * tl.exp2(g_end) + S
     if END:
         tl.store(end + at, S * end_scale, (w < end_rows) & (x < X))
@@ -339,9 +337,12 @@ def backward(q, k, v, do, dq, dk, dv, dots, log_decay, g, before, after, dinitia
     the chunk's length for each bound between them. The places weigh the dot products that dq and dk give; within a
     chunk both round the scores alike, so that what cancels leaves nothing. The bounds are counted by dq's walk alone,
     in Z <- shrink Z + S, and nothing cancels. (As sums over the whole sequence, t q_t . dq_t - t k_t . dk_t, the
-    rounding of the states, different in dq and dk, is multiplied by t: 2 to 20 % in bf16.) A fast decay leaves nothing
-    over a whole chunk: a bound then counts 1 and the chunk's other tokens weigh what dk takes from later chunks, lest
-    the pairs that cross it count 64 - 63 times. Its error is then of its operands' rounding, in between up to 1 %.
+    rounding of the states, different in dq and dk, is multiplied by t: 2 to 20 % in bf16.) Where a fast decay leaves
+    nothing over a whole chunk, places count back from the chunk's last token and a bound counts the tokens of the chunk
+    behind it: what reaches u from earlier chunks then weighs its place + 1, and what s gives to later ones the tokens
+    after it, all of one sign, where 64 - 63 would leave the rounding. Its error is then of its operands' rounding, in
+    between up to 1 %. (No branch for it in the loop: Triton 3.6's pipeline ran a product in a branch on tiles that the
+    next copies were overwriting. Seen on an H100 with three stages, fp16 and bf16: 500 times the gradient.)
     """
     k_columns: tl.constexpr = (K + XK - 1) // XK
     v_columns: tl.constexpr = (V + XV - 1) // XV
