@@ -1,10 +1,10 @@
-"""Times `long_conv` and torch's real FFT, interleaved in one process; writes JSON.
+"""Times `long_conv`, torch's real FFT and, where installed, FlashFFTConv, interleaved in one process; writes JSON.
 
     python benchmarks/long_conv.py --out benchmarks/results/long_conv_h100.json
 
-Both do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
-time first (`[D, B, T]` for ours, `[B, D, T]` for the FFT). Milliseconds are medians with 20 % and 80 % quantiles of
-CUDA-event times of whole calls through autograd.
+All do the same work from the same bf16 activations and fp32 taps and bias, in both memory orders: `[B, T, D]`, and
+time first (`[D, B, T]` for ours, `[B, D, T]` for the FFTs). FlashFFTConv has no bias, so it does without. Milliseconds
+are medians with 20 % and 80 % quantiles of CUDA-event times of whole calls through autograd.
 
 `modal_conv` does the work of a CHELA layer's causal convolution: 7 short taps, 8 modes for 16 channels, scale, bias and
 SiLU in one call, matrices included; beside it the same filter alone, the same two-sided, and what does the same by the
@@ -30,6 +30,7 @@ from chela_plugin.kernels.long_conv import configs, long_conv, modal_conv
 from chela_plugin.kernels.long_conv.reference import modal_conv_reference, modal_taps
 
 TOKENS = 32768
+FLASH = "FlashFFTConv [B,D,T], no bias"
 CASES = [  # (B, T, D)
     *((TOKENS // t, t, 1024) for t in (1024, 2048, 4096, 8192, 16384, 32768)),
     (8, 4096, 768),
@@ -59,6 +60,17 @@ def torch_fft(x: Tensor, taps: Tensor, bias: Tensor, *, time_first: bool) -> Ten
     return (y + bias).to(x.dtype)
 
 
+def flash_fft_conv(tokens: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """FlashFFTConv (arXiv:2311.05908; x `[B, D, T]`, taps `[D, T]`), where it is installed and takes the length."""
+    try:
+        from flashfftconv import FlashFFTConv
+    except ImportError:
+        return None
+    if tokens & (tokens - 1):
+        return None
+    return FlashFFTConv(2 * tokens, dtype=torch.bfloat16).cuda()
+
+
 def contenders(batch: int, tokens: int, channels: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
     """name -> (function, leaves, gradient of the output)."""
     torch.manual_seed(0)
@@ -67,12 +79,15 @@ def contenders(batch: int, tokens: int, channels: int) -> dict[str, tuple[Callab
     bias = torch.randn(channels, device="cuda")
     first = [t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (x, dy)]
     rows = [t.transpose(1, 2).contiguous() for t in (x, dy)]
-    return {
+    found = {
         "long_conv [B,T,D]": (long_conv, [x, taps, bias], dy),
         "long_conv time first": (long_conv, [first[0], taps, bias], first[1]),
         "torch rfft [B,D,T]": (partial(torch_fft, time_first=True), [rows[0], taps, bias], rows[1]),
         "torch rfft [B,T,D]": (partial(torch_fft, time_first=False), [x, taps, bias], dy),
     }
+    if (flash := flash_fft_conv(tokens)) is not None:
+        found[FLASH] = (lambda x, taps, bias: flash(x, taps), [rows[0], taps, bias], rows[1])
+    return found
 
 
 def reference(leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -99,7 +114,7 @@ def floor_ms(batch: int, tokens: int, channels: int) -> tuple[float, float]:
 
 def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[str, object]]:
     entries = contenders(batch, tokens, channels)
-    runs = {name: passes(*entry) for name, entry in entries.items()}
+    runs = {name: passes(*entry, allow_unused=True) for name, entry in entries.items()}
     f_times = event_times({name: run["forward"] for name, run in runs.items()}, rounds)
     b_times = event_times({name: run["forward_backward"] for name, run in runs.items()}, rounds)
     _, leaves, dy = entries["long_conv [B,T,D]"]
@@ -109,11 +124,14 @@ def measure(batch: int, tokens: int, channels: int, rounds: int) -> list[dict[st
     rows = []
     for name, run in runs.items():
         found = [run["forward"](), *run["forward_backward"]()]
-        if name == "torch rfft [B,D,T]":
+        if name == FLASH:
+            found[0] = found[0] + leaves[2][:, None]
+        if "[B,D,T]" in name:
             found[:2] = [t.transpose(1, 2) for t in found[:2]]
         errors = {
             key: float(f"{error(a, b):.2e}")
             for key, a, b in zip(("y", "dx", "dtaps", "dbias"), found, wanted, strict=True)
+            if a is not None
         }
         del found
         rows.append(
