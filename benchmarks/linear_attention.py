@@ -18,6 +18,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,17 +203,19 @@ def errors(T: int, H: int, K: int, V: int, fla: Callable[..., tuple] | None) -> 
     return rows
 
 
-def host_microseconds(run: Callable[[], object], calls: int = 300) -> float:
-    """Host time of a call, the device far behind or idle: microseconds."""
+def host_microseconds(run: Callable[[], object], calls: int = 300, loops: int = 9) -> float:
+    """Host time of a call, the device far behind or idle: microseconds, the median of some loops."""
     for _ in range(20):
         run()
+    spent = []
+    for _ in range(loops):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        spent.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    spent = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return round(1e6 * spent / calls, 1)
+    return round(1e6 * statistics.median(spent) / calls, 1)
 
 
 def small_calls(fused_recurrent: Callable[..., tuple] | None) -> dict:

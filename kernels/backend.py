@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,7 +23,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
         return "reference"
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     runs = _triton_installed() and (
-        kind == "cuda" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+        kind == "cuda" or environment("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
     )
     if asked == "triton" and not runs:
         raise RuntimeError(
@@ -33,10 +34,27 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
 
 def requested() -> str:
     """What CHELA_BACKEND asks for: 'reference', 'triton', 'peer', or '' for the default."""
-    asked = os.environ.get("CHELA_BACKEND", "")
+    asked = environment("CHELA_BACKEND")
     if asked not in ("", "reference", "triton", "peer"):
         raise ValueError(f"CHELA_BACKEND must be 'reference', 'triton' or 'peer', got {asked!r}")
     return asked
+
+
+# On POSIX a dict of bytes. A variable that is not set takes `os.environ` two exceptions, a microsecond at every call.
+_variables = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
+def environment(name: str, default: str = "") -> str:
+    """`os.environ.get(name, default)`, as it is now."""
+    if torch.compiler.is_compiling() or type(_variables) is not dict:
+        return os.environ.get(name, default)
+    found = _variables.get(_encoded(name))
+    return default if found is None else os.fsdecode(found)
+
+
+@functools.cache
+def _encoded(name: str) -> bytes:
+    return os.fsencode(name)
 
 
 def computed_dtype(weight: Tensor, device: torch.device | str) -> torch.dtype:
@@ -68,7 +86,7 @@ def may_read(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at without stalling a stream or breaking a graph."""
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" or os.environ.get("CHELA_CHECK") == "1"
+    return x.device.type == "cpu" or environment("CHELA_CHECK") == "1"
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -96,12 +114,25 @@ def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+_nothing = nullcontext()
+
+
 def ready_for(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device and asks an allocator for memory: make both x's device."""
     if not x.is_cuda:
-        return nullcontext()
+        return _nothing
+    set_allocator()
+    # Entering a device costs some microseconds; where a CUDA tensor is, CUDA is initialised.
+    return _nothing if x.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(x.device)
+
+
+def set_allocator() -> None:
+    """For the launches of this thread: Triton keeps one for each, and autograd has threads of its own."""
+    _triton_allocator()(scratch)
+
+
+@functools.cache
+def _triton_allocator() -> Callable:
     import triton
 
-    triton.set_allocator(scratch)
-    here = x.device.index == torch.cuda.current_device()  # entering a device costs some microseconds
-    return nullcontext() if here else torch.cuda.device(x.device)
+    return triton.set_allocator

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from chela_plugin.kernels.backend import set_allocator
+
+Form = Callable[[Sequence[int]], None]  # the launch of a compiled kernel, all but the addresses
 
 
 class Launcher:
@@ -23,17 +31,15 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[tuple, tuple[Any, tuple]] = {}  # the form at its grid, and what follows the addresses
+        self.compiled: dict[tuple, Form] = {}
 
     def __call__(self, grid: tuple[int, ...], pointers: Sequence[Tensor], numbers: tuple, **constants: Any) -> None:
-        first = pointers[0]
         addresses = [x.data_ptr() for x in pointers]
-        if first.is_cuda and not any(address & 15 for address in addresses):
+        if pointers[0].is_cuda and aligned(addresses):
             key = self._key(grid, pointers, numbers, constants)
-            found = self.compiled.get(key)
-            if found is not None:
-                run, rest = found
-                run(*addresses, *rest)
+            form = self.compiled.get(key)
+            if form is not None:
+                form(addresses)
                 return
         else:
             key = None
@@ -42,27 +48,93 @@ class Launcher:
             if len(self.compiled) >= self.LARGEST_TABLE:
                 self.compiled.clear()
             names = self.kernel.arg_names[len(pointers) + len(numbers) :]
-            whole_grid = (*grid, 1, 1)[:3]  # a compiled kernel wants all three
-            self.compiled[key] = compiled[whole_grid], (*numbers, *[constants[name] for name in names])
+            rest = (*numbers, *[constants[name] for name in names])
+            self.compiled[key] = form_of(compiled, grid, pointers[0].get_device(), rest)
 
     @staticmethod
     def _key(grid: tuple[int, ...], pointers: Sequence[Tensor], numbers: tuple, constants: dict[str, Any]) -> tuple:
-        return (pointers[0].device.index, grid, numbers, *constants.values(), *[x.dtype for x in pointers])
+        return (pointers[0].get_device(), grid, numbers, *constants.values(), *[x.dtype for x in pointers])
 
-    def prepared(self, grid: tuple[int, ...], numbers: tuple, **constants: Any) -> Callable[[Sequence[Tensor]], None]:
+    def prepared(self, grid: tuple[int, ...], numbers: tuple, **constants: Any) -> Prepared:
         """The launch of what differs in its pointers alone, all of one device, dtypes as ever, aligned to 16 bytes:
         without the look into the table, for a caller that keeps it."""
-        form: list[tuple[Any, tuple]] = []
+        return Prepared(self, grid, numbers, constants)
 
-        def launch(pointers: Sequence[Tensor]) -> None:
-            if form:
-                run, rest = form[0]
-                run(*[x.data_ptr() for x in pointers], *rest)
-                return
-            self(grid, pointers, numbers, **constants)
-            if self.compiled and pointers[0].is_cuda:
-                found = self.compiled.get(self._key(grid, pointers, numbers, constants))
-                if found is not None:
-                    form.append(found)
 
-        return launch
+class Prepared:
+    """A launch that waits for its pointers. `form` is there after the first one, None where it is interpreted: it takes
+    their addresses, for a caller that has them at hand."""
+
+    __slots__ = ("constants", "form", "grid", "launcher", "numbers")
+
+    def __init__(self, launcher: Launcher, grid: tuple[int, ...], numbers: tuple, constants: dict[str, Any]) -> None:
+        self.launcher, self.grid, self.numbers, self.constants = launcher, grid, numbers, constants
+        self.form: Form | None = None
+
+    def __call__(self, pointers: Sequence[Tensor]) -> None:
+        if self.form is not None:
+            self.form([x.data_ptr() for x in pointers])
+            return
+        self.launcher(self.grid, pointers, self.numbers, **self.constants)
+        if pointers[0].is_cuda:
+            key = self.launcher._key(self.grid, pointers, self.numbers, self.constants)
+            self.form = self.launcher.compiled.get(key)
+
+
+def aligned(addresses: Sequence[int]) -> bool:
+    """Whether all are multiples of 16."""
+    return not functools.reduce(operator.or_, addresses) & 15
+
+
+def form_of(compiled: Any, grid: tuple[int, ...], device: int, rest: tuple) -> Form:
+    """The launch of Triton's compiled kernel on the current stream of `device`, the current one; `rest` follows the
+    addresses."""
+    grid = (*grid, 1, 1)[:3]  # a compiled kernel wants all three
+    by_triton = compiled[grid]
+
+    def launch(addresses: Sequence[int]) -> None:
+        set_allocator()
+        by_triton(*addresses, *rest)
+
+    return _straight(compiled, grid, device, rest, launch) or launch
+
+
+def _straight(compiled: Any, grid: tuple[int, ...], device: int, rest: tuple, by_triton: Form) -> Form | None:
+    """The same by the function that Triton 3.6 compiles for a signature, or None for another version.
+
+    Triton's way there makes a record for hooks, calls both chains of them, though empty, and has the driver asked what
+    the address of the room for tensor descriptors is.
+    """
+    import triton
+
+    launcher: Any = getattr(compiled, "run", None)
+    if not triton.__version__.startswith("3.6.") or type(launcher).__name__ != "CudaLauncher":
+        return None
+    # A launch with tensor descriptors that the host makes is wrapped in a function of Python.
+    if launcher.profile_scratch_size or type(launcher.launch) is not BuiltinFunctionType:
+        return None
+    from triton import knobs
+
+    start, function, packed = launcher.launch, compiled.function, compiled.packed_metadata
+    x, y, z = grid
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    room = x * y * z * launcher.num_ctas * launcher.global_scratch_size
+    where = torch.device("cuda", device)
+    stream_of, hooks = torch._C._cuda_getCurrentRawStream, knobs.runtime
+
+    def launch(addresses: Sequence[int]) -> None:
+        try:
+            hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls  # a profiler's
+        except AttributeError:  # one set in the chain's place
+            hooked = True
+        if hooked:
+            by_triton(addresses)
+            return
+        scratch = None
+        if room:
+            held = torch.empty(room, dtype=torch.int8, device=where)  # freed in the stream's order, behind the kernel
+            scratch = held.data_ptr()
+        start(x, y, z, stream_of(device), function, cooperative, dependent, scratch, None, packed, None, None, None,
+              *addresses, *rest)  # fmt: skip
+
+    return launch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,10 @@ SEGMENT_MULTIPLE = 256
 
 NONE, STATIC, PER_TOKEN = 0, 1, 2  # kinds of decay
 DECAYS = ("none", "static", "token")
+
+# Kinds of calls whose arguments were found right, to their launch (`launch.Whole`), which depends on the table below.
+passed: dict[tuple, Any] = {}
+LARGEST_PASSED = 1024
 
 
 class Blocks(NamedTuple):
@@ -76,9 +80,13 @@ def blocks_for(kernel: str, key_width: int, value_width: int, element_size: int,
     `pairs` may be symbolic, as when `torch.compile` traces with dynamic shapes: it is only compared.
     """
     rows = _rows(kernel, max(key_width, value_width), element_size, decay)
-    return next(row.blocks for row in reversed(rows) if row.least <= pairs)
+    for row in reversed(rows):
+        if row.least <= pairs:
+            return row.blocks
+    raise LookupError(f"no blocks of {kernel} for {pairs} pairs")
 
 
+@functools.cache
 def target_programs(width: int, decay: int) -> int:
     """Programs that the cut into segments aims at: 128 walk as fast as 256 where a program's bandwidth suffices."""
     return _file()["programs"].get(f"{width_entry(width)} {DECAYS[decay]}", TARGET_PROGRAMS)

@@ -6,14 +6,14 @@ Nothing here looks at a tensor's values or waits for the device, so every launch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chela_plugin.kernels.backend import precision
-from chela_plugin.kernels.launching import Launcher
+from chela_plugin.kernels.launching import Launcher, Prepared
 
 from . import triton as causal
 from . import triton_bidirectional as both
@@ -25,6 +25,7 @@ from .configs import (
     bidirectional_segment_size,
     blocks_for,
     fits_one_program,
+    passed,
     segment_size,
     target_programs,
 )
@@ -164,8 +165,35 @@ def decay_of(log_decay: Tensor | None, q: Tensor, plan: Cut, chunk: int) -> Deca
     return Decay(PER_TOKEN, log_decay, g, stride)
 
 
+class Whole(NamedTuple):
+    """A forward pass over whole sequences of one kind. run: `(q, k, v, log_decay, initial_state)` to `(o, final state
+    or None)`, or to None where a tensor doesn't lie as a launch expects it. cuda: the device's number, -1 for a CPU."""
+
+    run: Callable[..., tuple[Tensor, Tensor | None] | None]
+    scale: float
+    cuda: int
+
+
+def whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    want_state: bool,
+) -> Whole | None:
+    """What is remembered of such calls, or None where their sequences are cut or lie as a descriptor can't address
+    them. Tensors whose dtype is computed with, none of them packed."""
+    return _whole(
+        q.device, q.dtype, q.shape, v.shape[3], q.stride(), k.stride(), v.stride(),
+        None if log_decay is None else (log_decay.dtype, log_decay.stride()),
+        initial_state is not None, want_state, scale, precision(q.dtype),
+    )  # fmt: skip
+
+
 @functools.lru_cache(1024)
-def _one_level(
+def _whole(
     device: torch.device,
     dtype: torch.dtype,
     shape: torch.Size,
@@ -173,31 +201,74 @@ def _one_level(
     q_stride: tuple[int, ...],
     k_stride: tuple[int, ...],
     v_stride: tuple[int, ...],
-    kind: int,
-    decay_dtype: torch.dtype | None,
+    decays: tuple[torch.dtype, tuple[int, ...]] | None,
     carry: bool,
     ends: bool,
     scale: float,
     product: str,
-) -> Callable[[Sequence[Tensor]], None] | None:
-    """The launch of a forward pass over whole sequences, or None where they are cut or lie in memory as a tensor
-    descriptor can't address them. Remembered: to find all this again is most of the host's time in a small call."""
+) -> Whole | None:
+    """Remembered: to find all this again is most of the host's time in a small call."""
     batch, time, heads, K = shape
+    kind = NONE if decays is None else STATIC if len(decays[1]) == 1 else PER_TOKEN
     blocks, columns, size = _forward_blocks(batch, time, heads, K, V, dtype.itemsize, kind)
     if size < time or not all(addressable(stride, dtype.itemsize) for stride in (q_stride, k_stride, v_stride)):
         return None
-    return forward_walk.prepared(
+    if kind == STATIC and decays is not None and decays[1] != (1,):
+        return None
+    chunks = _blocks(time, blocks.chunk)
+    stride = 0 if kind != PER_TOKEN else (_blocks(batch * time, blocks.chunk) + batch) * blocks.chunk
+    walk = forward_walk.prepared(
         (batch * heads * _blocks(V, columns),),
-        (0, scale, time, heads, time, 1, *q_stride[:3], *k_stride[:3], *v_stride[:3]),
+        (stride, scale, time, heads, time, 1, *q_stride[:3], *k_stride[:3], *v_stride[:3]),
         K=K, V=V, BK=width_block(K), BX=columns, BT=blocks.chunk, DECAY=kind, CARRY=carry, END=ends, VARLEN=False,
         TABLE=False, PRECISION=product, STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
     )  # fmt: skip
+    sums: Prepared | None = None
+    if decays is not None and kind == PER_TOKEN:
+        sums = cumulative_decay.prepared(
+            (batch * chunks,), (time, heads, time, 1, *decays[1], stride),
+            VARLEN=False, TABLE=False, BT=blocks.chunk, BH=min(16, width_block(heads)), num_warps=4,
+        )  # fmt: skip
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        at_decay = at_q if log_decay is None else log_decay.data_ptr()
+        at_first = at_q
+        if initial_state is not None:
+            if not initial_state.is_contiguous():
+                return None
+            at_first = initial_state.data_ptr()
+        if (at_q | at_k | at_v | at_decay | at_first) & 15:
+            return None
+        # Sizes one by one: a torch.Size takes torch.empty a microsecond more.
+        o = torch.empty(batch, time, heads, V, dtype=dtype, device=device)
+        final = torch.empty(batch, heads, K, V, dtype=torch.float32, device=device) if ends else None
+        decay = q if log_decay is None else log_decay
+        g, at_g = q, at_q
+        if sums is not None:
+            g = torch.empty(heads, stride, dtype=torch.float32, device=device)
+            at_g = g.data_ptr()
+            if sums.form is None:
+                sums((decay, g, q))
+            else:
+                sums.form((at_decay, at_g, at_q))
+        if walk.form is None:
+            walk((q, k, v, o, decay, g, _or(initial_state, q), _or(final, q), q))
+        else:
+            at_final = at_q if final is None else final.data_ptr()
+            walk.form((at_q, at_k, at_v, o.data_ptr(), at_decay, at_g, at_first, at_final, at_q))
+        return o, final
+
+    return Whole(run, scale, -1 if device.index is None else device.index)
 
 
 def forget_blocks() -> None:
     """For whoever changes the table or the cut: what was found by them is looked up again."""
     _forward_blocks.cache_clear()
-    _one_level.cache_clear()
+    _whole.cache_clear()
+    passed.clear()
 
 
 def causal_forward(
@@ -212,21 +283,12 @@ def causal_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(o, final state or None, states at the segments' bounds for the backward pass or None)`."""
+    if cu_seqlens is None:
+        remembered = whole(q, k, v, log_decay, initial_state, scale, want_state)
+        found = None if remembered is None else remembered.run(q, k, v, log_decay, initial_state)
+        if found is not None:
+            return *found, None
     kind = kind_of(log_decay)
-    if cu_seqlens is None and kind != PER_TOKEN and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        run = _one_level(
-            q.device, q.dtype, q.shape, v.shape[3], q.stride(), k.stride(), v.stride(), kind,
-            None if log_decay is None else log_decay.dtype, initial_state is not None, want_state, scale,
-            precision(q.dtype),
-        )  # fmt: skip
-        if run is not None:
-            o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-            final = _states(q, q.shape[0], q.shape[2], q.shape[3], v.shape[3]) if want_state else None
-            decays = q if log_decay is None else log_decay.contiguous()
-            first = q if initial_state is None else initial_state.contiguous()
-            if not (decays.data_ptr() | first.data_ptr()) & 15:
-                run((q, k, v, o, decays, q, first, _or(final, q), q))
-                return o, final, None
     q, k, v = tiled(q), tiled(k), tiled(v)
     batch, time, heads, K = q.shape
     V = v.shape[3]
@@ -272,7 +334,7 @@ def causal_backward(
     batch, time, heads, K = q.shape
     V = v.shape[3]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    plan = cut(q, cu_seqlens, causal_segment_size(q, v, cu_seqlens, kind_of(log_decay)))
+    plan = cut(q, cu_seqlens, _forward_blocks(rows, time, heads, K, V, q.element_size(), kind_of(log_decay))[2])
     blocks = blocks_for("backward", K, V, q.element_size(), kind_of(log_decay), plan.segments * heads)
     XK, XV = min(blocks.columns, width_block(K)), min(blocks.columns, width_block(V))
     decay = decay_of(log_decay, q, plan, blocks.chunk)
@@ -552,4 +614,7 @@ def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """Batch, time and head strides of each `[B, T, H, width]`."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+    strides: list[int] = []
+    for x in tensors:
+        strides += x.stride()[:3]
+    return tuple(strides)

@@ -18,7 +18,11 @@ ELEMENTS = 1024  # of a block: eight pairs a thread of four warps
 
 
 def run(
-    parts: tuple[Tensor, Tensor, Tensor], outs: tuple[Tensor, Tensor, Tensor], position: Tensor, back: bool
+    parts: tuple[Tensor, Tensor, Tensor],
+    outs: tuple[Tensor, Tensor, Tensor],
+    position: Tensor,
+    frequency: Tensor,
+    back: bool,
 ) -> None:
     """Fills outs, alike in their strides, from parts `[B, T, H, d]`; the third only with `back`."""
     batch, time, heads, width = parts[0].shape
@@ -30,7 +34,7 @@ def run(
     with ready_for(parts[0]):
         turn(
             (batch * ceil_div(time, block),),
-            (*parts, *outs, position, frequencies(half, position.device, torch.float32)),
+            (*parts, *outs, position, frequency),
             (time, heads, half, *[n for t in parts for n in t.stride()[:3]], *outs[0].stride()[:3], *places),
             BACK=back, BT=block, BW=columns, num_warps=4,
         )  # fmt: skip
@@ -44,15 +48,18 @@ class Rotary(torch.autograd.Function):
         batch, time, _, heads, width = qkv.shape
         q, k, v = qkv.unbind(2)
         turned = torch.empty(2, batch, time, heads, width, dtype=qkv.dtype, device=qkv.device)
-        run((q, k, q), (turned[0], turned[1], turned[0]), position, False)
-        ctx.save_for_backward(position)
-        return turned[0], turned[1], v
+        # Made here and kept for the backward pass: four small launches, more of the host's time than the kernel.
+        frequency = frequencies(width // 2, position.device, torch.float32)
+        turned_q, turned_k = turned.unbind(0)
+        run((q, k, q), (turned_q, turned_k, turned_q), position, frequency, False)
+        ctx.save_for_backward(position, frequency)
+        return turned_q, turned_k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv):
-        (position,) = ctx.saved_tensors
+        position, frequency = ctx.saved_tensors
         batch, time, heads, width = dq.shape
         dqkv = torch.empty(batch, time, 3, heads, width, dtype=dq.dtype, device=dq.device)
-        run((dq, dk, dv), dqkv.unbind(2), position, True)
+        run((dq, dk, dv), dqkv.unbind(2), position, frequency, True)
         return dqkv, None

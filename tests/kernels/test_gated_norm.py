@@ -84,6 +84,21 @@ def test_it_is_torchs_own_rms_norm_with_a_gate():
     assert_same(outcome(tensors, dy), outcome(tensors, dy, spelled_out), torch.float64)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (1, 3, 4, 8), (2, 1, 4, 8), (2, 3, 1, 8), (2, 3, 4, 1)])
+def test_rows_are_found_wherever_they_lie(shape):
+    ops = pytest.importorskip("chela_plugin.kernels.gated_norm.ops", exc_type=ImportError)
+    batch, time, heads, width = shape
+    wide = torch.randn(batch, time, heads * width + 5)
+    dense = torch.randn(shape)
+    turned = [torch.randn(shape[::-1]).permute(3, 2, 1, 0), dense.transpose(0, 1).contiguous().transpose(0, 1)]
+    spread = [torch.randn(batch, time, heads, width + 3)[..., :width], dense.expand(shape).flip(3)]
+    inside = wide[..., 2 : 2 + heads * width]
+    for x in (dense, *turned, *spread, inside, inside.unflatten(2, (heads, width)), inside[:1].expand_as(inside)):
+        start, stride = ops.rows_of(x, heads * width)
+        rows = torch.as_strided(start, (batch * time, heads * width), (stride, 1), start.storage_offset())
+        assert torch.equal(rows, x.reshape(-1, heads * width))
+
+
 def test_rows_may_be_views_into_wider_rows():
     tensors, dy = case(2, 11, 2, 16, torch.float32)
     wide = torch.randn(2, 11, 3, 32)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from chela_plugin.kernels import launching
+from chela_plugin.kernels.backend import environment
 from chela_plugin.kernels.launching import Launcher
 
 
@@ -12,6 +14,7 @@ class Recorder:
     """A kernel `(x, y, T, scale, DECAY, BLOCK)`: what went to Triton, and what to a compiled form."""
 
     arg_names = ("x", "y", "T", "scale", "DECAY", "BLOCK")
+    form: type
 
     def __init__(self):
         self.by_triton, self.by_form = [], []
@@ -19,7 +22,7 @@ class Recorder:
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
             self.by_triton.append((grid, arguments, constants))
-            return Form(self, len(self.by_triton))
+            return self.form(self, len(self.by_triton))
 
         return launch
 
@@ -32,9 +35,12 @@ class Form:
         return lambda *arguments: self.kernel.by_form.append((self.number, grid, arguments))
 
 
+Recorder.form = Form
+
+
 def tensor(address=512, dtype=torch.bfloat16, device=0, cuda=True):
     return SimpleNamespace(
-        data_ptr=lambda: address, dtype=dtype, is_cuda=cuda, device=SimpleNamespace(index=device), address=address
+        data_ptr=lambda: address, dtype=dtype, is_cuda=cuda, get_device=lambda: device, address=address
     )
 
 
@@ -98,3 +104,45 @@ def test_a_prepared_launch_goes_to_the_form_that_its_first_one_found(kernel):
     for _ in range(2):
         on_cpu((tensor(cuda=False), tensor(cuda=False)))
     assert len(kernel.by_triton) == 3
+
+
+class CudaLauncher:
+    """Triton 3.6's, with the function that it compiles for a signature: here one that prints what it is given."""
+
+    launch, num_ctas, global_scratch_size, profile_scratch_size = print, 1, 0, 0
+    launch_cooperative_grid = launch_pdl = False
+
+
+class Straight(Form):
+    run, function, packed_metadata = CudaLauncher(), 77, (4, 1, 0)
+
+
+class StraightRecorder(Recorder):
+    form = Straight
+
+
+def test_with_triton_3_6_a_launch_goes_straight_to_the_compiled_function_unless_a_profiler_has_a_hook(
+    monkeypatch, capsys
+):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(launching.torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    kernel = StraightRecorder()
+    launcher = Launcher(kernel)
+    for _ in range(2):
+        launch(launcher)
+    assert not kernel.by_form
+    assert capsys.readouterr().out.split() == [
+        *("7", "1", "1", "5", "77", "False", "False", "None", "None", "(4,", "1,", "0)", "None", "None", "None"),
+        *("512", "1024", "64", "0.5", "0", "16"),
+    ]
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    launch(launcher)
+    assert len(kernel.by_form) == 1 and not capsys.readouterr().out
+
+
+def test_the_environment_is_read_as_it_is_now(monkeypatch):
+    monkeypatch.delenv("CHELA_NAME", raising=False)
+    assert environment("CHELA_NAME") == "" and environment("CHELA_NAME", "0") == "0"
+    monkeypatch.setenv("CHELA_NAME", "wörd")
+    assert environment("CHELA_NAME") == "wörd"

@@ -264,6 +264,25 @@ def test_bad_cuts_are_one_clear_error(cuts, message):
         linear_attention(x, x, x, cu_seqlens=torch.tensor(cuts))
 
 
+def test_a_step_like_an_earlier_one_is_checked_by_its_kind():
+    q, v, state = torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.zeros(2, 3, 4, 5)
+    for scale in (None, 0.5):
+        first = linear_attention_step(q, q, v, state, scale=scale)
+        for found, wanted in zip(linear_attention_step(q, q, v, state, scale=scale), first, strict=True):
+            assert torch.equal(found, wanted)
+    wrongs = [(q, q, v, state[:1]), (q, q.double(), v, state), (q, q, v, state.double()), (q[0], q, v, state)]
+    for wrong in wrongs:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"must|one token"):
+                linear_attention_step(*wrong)
+    decay = torch.full((2, 3), -0.1)
+    linear_attention_step(q, q, v, state, decay)
+    with pytest.raises(ValueError, match="at most 0"):  # on a CPU the values are read each time
+        linear_attention_step(q, q, v, state, -decay)
+    with pytest.raises(ValueError, match="finite"):
+        linear_attention_step(q, q, v, state, scale=0.0)
+
+
 def test_step_refuses_what_is_not_one_token():
     x = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match="one token"):

@@ -338,6 +338,55 @@ def test_compiles_without_a_graph_break_and_exports(causal):
         assert torch.equal(exported.module()(x), wanted)
 
 
+@only_interpreted
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("decay", [None, "static", "token"])
+def test_a_kind_of_call_that_passed_the_checks_is_remembered_with_all_that_they_look_at(decay, learns, monkeypatch):
+    from chela_plugin.kernels import linear_attention as package
+
+    # As on a CUDA device, where the sign is read at the first call of a kind.
+    monkeypatch.setattr(package, "_sign_is_read", lambda log_decay: False)
+    monkeypatch.setattr(package, "_right_kinds", set())
+    monkeypatch.setattr(package, "check_inputs", checked := Counting(package.check_inputs))
+    package.passed.clear()
+    inputs, _, _ = case(2, 37, 2, 16, 32, decay, 2, torch.float32)
+    del inputs["initial_state"]
+    if decay:
+        linear_attention(**inputs)
+        assert not package.passed  # its sign was not read yet
+        package._right_kinds.add(package._kind(inputs["log_decay"]))
+    inputs = {name: x.requires_grad_(learns) for name, x in inputs.items()}
+    first, calls = linear_attention(**inputs)[0], checked.calls + 1
+    for state in (False, True, True):
+        again, final = linear_attention(**inputs, output_final_state=state)
+        assert torch.equal(again, first) and again.requires_grad == learns and (final is not None) == state
+    assert checked.calls == calls  # once for each kind, with and without the state
+    elsewhere = {name: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for name, x in inputs.items()}
+    assert torch.equal(linear_attention(**elsewhere)[0], first)  # an address that no descriptor takes
+    with torch.no_grad():
+        assert torch.equal(linear_attention(**inputs)[0], first)
+    q = inputs["q"]
+    wrongs = [{"q": q[0]}, {"k": q.double()}, {"v": q[:, :5]}, {"scale": 0.0}, {"scale": float("nan")}, {"q": q[:, :0]}]
+    if decay:
+        wrongs += [{"log_decay": inputs["log_decay"].double()}, {"log_decay": inputs["log_decay"][..., :1]}]
+    for wrong in wrongs:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"must|no tokens"):
+                linear_attention(**inputs | wrong)
+    monkeypatch.setenv("CHELA_BACKEND", "none of these")
+    with pytest.raises(ValueError, match="CHELA_BACKEND"):
+        linear_attention(**inputs)
+
+
+class Counting:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
 def test_fp64_and_an_explicit_wish_run_the_reference(monkeypatch):
     assert backend("cpu", torch.float64) == "reference"
     assert backend("cpu") == ("triton" if INTERPRETED else "reference")
