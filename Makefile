@@ -33,7 +33,7 @@ test-gpu:
 sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/gpu/sanitizer_cases.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/gpu/sanitizer_cases.py
-	$(PYTHON) tests/undefined_registers.py
+	$(PYTHON) tests/compiler_faults.py
 
 # Versions that CI doesn't run: oldest and newest, Python 3.10 and 3.13 (noxfile.py).
 test-matrix: $(INSTALLED)

@@ -35,25 +35,3 @@ def compiled_for_hopper(
     }
     source = ASTSource(fn=kernel, signature=whole, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-
-
-def branches_in_loops(ttgir: str) -> list[str]:
-    """Lines of the branches that lie in a loop and hold a product for the tensor cores.
-
-    Triton 3.6's pipeline lets the copies of a later turn overwrite the tiles that such a product still reads.
-    """
-    found, open_regions = [], []
-    for line in ttgir.splitlines():
-        text = line.strip()
-        if "dot" in text.split("=", 1)[-1].split("%")[0]:
-            inside = [kind for kind, _ in open_regions]
-            if "scf.for" in inside and "scf.if" in inside[inside.index("scf.for") :]:
-                found += [opened for kind, opened in open_regions if kind == "scf.if"][-1:]
-        ends = text.startswith("}")
-        if ends and open_regions:
-            open_regions.pop()
-        if text.endswith("{"):
-            kind = next((kind for kind in ("scf.for", "scf.if") if kind in text), "")
-            # "} else {" goes on with the branch that it ends
-            open_regions.append(("scf.if" if ends and "else" in text else kind, text))
-    return found

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from compiled import branches_in_loops, compiled_for_hopper
+from compiled import compiled_for_hopper
+from compiler_faults import branches_in_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -321,3 +322,11 @@ def test_no_product_lies_in_a_branch_of_a_pipelined_loop(name, decay):
     compiled = compiled_for_hopper(getattr(kernels, name), constants, types, aligned=aligned)
     assert "warp_group_dot" in compiled.asm["ttgir"]
     assert branches_in_loops(compiled.asm["ttgir"]) == []
+
+
+def test_the_search_for_such_products_finds_one():
+    loop = "scf.for %i = %a to %b {\n{}%d = ttng.warp_group_dot %x, %y, %z : f\n{}}"
+    planted = loop.replace("{}", "scf.if %fast {\n", 1).replace("{}", "}\n")
+    assert branches_in_loops(planted) == ["scf.if %fast {"]
+    assert branches_in_loops(loop.replace("{}", "")) == []
+    assert branches_in_loops(f"scf.if %role {{\n{loop.replace('{}', '')}\n}}") == []

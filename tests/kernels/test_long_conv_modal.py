@@ -11,8 +11,8 @@ import re
 import pytest
 import torch
 from compiled import compiled_for_hopper
+from compiler_faults import sass_of, undefined
 from torch.nn import functional as F
-from undefined_registers import sass_of, undefined
 
 from chela_plugin.kernels.folded_taps.reference import two_sided
 from chela_plugin.kernels.long_conv import modal_conv, short_modal_conv
