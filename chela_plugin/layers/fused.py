@@ -67,8 +67,8 @@ class FusedAttention(torch.autograd.Function):
         heads, keys, values, causal = shape
         with exactly(x):
             x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
-            from_z = z_rows @ joined(x.dtype, q, k, g).T
-            from_x = x_rows @ joined(x.dtype, v, dt, multiple=16).T
+            z_weight, x_weight = joined(x.dtype, q, k, g), joined(x.dtype, v, dt, multiple=16)
+            from_z, from_x = z_rows @ z_weight.T, x_rows @ x_weight.T
             q_heads, k_heads, v_heads, log_decay = activation.activate(from_z, from_x, bias, heads, keys, values)
             rows = (batch, time, heads)
             q_heads, k_heads, v_heads = (h.view(*rows, h.shape[-1]) for h in (q_heads, k_heads, v_heads))
@@ -78,10 +78,13 @@ class FusedAttention(torch.autograd.Function):
             )
             gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
             y = norm.forward(o, v_heads, skip, head_norm, gate, EPS)
-            out = y.view(-1, heads * values) @ proj.to(x.dtype).T
+            out_weight = proj.to(x.dtype)
+            out = y.view(-1, heads * values) @ out_weight.T
         if learns:
             ctx.shape = shape
-            tensors = (log_decay, state, saved, from_z, from_x, o)
+            # Where autocast casts weights, the casts are kept as its own linear layers keep them; else they are cheap.
+            weights = (z_weight, x_weight, out_weight) if proj.dtype != x.dtype else (None, None, None)
+            tensors = (*weights, log_decay, state, saved, from_z, from_x, o)
             ctx.save_for_backward(x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors)
         return out.view(batch, time, -1)
 
@@ -93,13 +96,16 @@ class FusedAttention(torch.autograd.Function):
         from chela_plugin.kernels.qkv_activation import launch as activation
 
         x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors = ctx.saved_tensors
-        log_decay, state, saved, from_z, from_x, o = tensors
+        z_weight, x_weight, out_weight, log_decay, state, saved, from_z, from_x, o = tensors
         heads, keys, values, causal = ctx.shape
         batch, time, dim = x.shape
         x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
         with exactly(x):
+            if z_weight is None:
+                z_weight, x_weight = joined(x.dtype, q, k, g), joined(x.dtype, v, dt, multiple=16)
+                out_weight = proj
             dout = dout.to(x.dtype).reshape(-1, dout.shape[-1])
-            dy = (dout @ proj.to(x.dtype)).view(batch, time, -1)
+            dy = (dout @ out_weight).view(batch, time, -1)
             y, v_heads, dfrom_z = torch.empty_like(dy), torch.empty_like(o), torch.empty_like(from_z)
             gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
             before = from_x[:, : heads * values].view(o.shape)
@@ -114,10 +120,11 @@ class FusedAttention(torch.autograd.Function):
             )
             dfrom_x = torch.empty_like(from_x)
             dbias = activation.gradient(dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x)
-            dz = (dfrom_z @ joined(x.dtype, q, k, g)).view(z.shape)
-            dx = (dfrom_x @ joined(x.dtype, v, dt, multiple=16)).view(x.shape)
-            dq_weight, dk_weight, dg_weight = (dfrom_z.T @ z_rows).split([len(q), len(k), len(g)])
-            dv_weight, ddt_weight = (dfrom_x.T @ x_rows).split([len(v), from_x.shape[1] - len(v)])
+            dz = (dfrom_z @ z_weight).view(z.shape)
+            dx = (dfrom_x @ x_weight).view(x.shape)
+            dz_weight, dx_weight = (dfrom_z.T @ z_rows).to(q.dtype), (dfrom_x.T @ x_rows).to(v.dtype)
+            dq_weight, dk_weight, dg_weight = dz_weight.split([len(q), len(k), len(g)])
+            dv_weight, ddt_weight = dx_weight.split([len(v), from_x.shape[1] - len(v)])
         return (
             dx,
             dz,
