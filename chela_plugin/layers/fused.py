@@ -112,7 +112,7 @@ class FusedAttention(torch.autograd.Function):
             do, _, dskip, dhead_norm, _ = norm.backward(
                 dy, o, before, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], False, y, v_heads
             )
-            dproj = dout.T @ y.view(-1, heads * values)
+            dproj = product(dout.T, y.view(-1, heads * values), proj.dtype)
             del y, dy
             q_heads, k_heads = (h.view(*o.shape[:3], keys) for h in activation.activate_qk(from_z, heads, keys))
             dq, dk, dv, dlog_decay, _ = attention.backward(
@@ -122,7 +122,7 @@ class FusedAttention(torch.autograd.Function):
             dbias = activation.gradient(dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x)
             dz = (dfrom_z @ z_weight).view(z.shape)
             dx = (dfrom_x @ x_weight).view(x.shape)
-            dz_weight, dx_weight = (dfrom_z.T @ z_rows).to(q.dtype), (dfrom_x.T @ x_rows).to(v.dtype)
+            dz_weight, dx_weight = product(dfrom_z.T, z_rows, q.dtype), product(dfrom_x.T, x_rows, v.dtype)
             dq_weight, dk_weight, dg_weight = dz_weight.split([len(q), len(k), len(g)])
             dv_weight, ddt_weight = dx_weight.split([len(v), from_x.shape[1] - len(v)])
         return (
@@ -136,7 +136,7 @@ class FusedAttention(torch.autograd.Function):
             None if bias is None or dbias is None else dbias.to(bias.dtype),
             dhead_norm,
             dskip,
-            dproj.to(proj.dtype),
+            dproj,
             None,
             None,
         )
@@ -146,6 +146,13 @@ def exactly(x: Tensor) -> AbstractContextManager:
     """No autocast; entering its context costs the host as much as a launch, so not where there is none."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in dtype; fp32 of 16-bit matrices on a GPU comes from the product itself, unrounded, in no pass more."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def joined(dtype: torch.dtype, *weights: Tensor | None, multiple: int = 1) -> Tensor:

@@ -20,8 +20,10 @@ from . import triton_planes as products
 CHANNELS = 64  # of a program: one warp, two a lane, so that bf16 comes in whole lines of 128 bytes
 ROWS = 2  # of outputs a program makes; with 8 columns, 32 sums a thread
 COLUMNS = (8, 7, 4)  # of outputs; what wastes least of the grid is taken, the widest of equals
+GRADIENT_COLUMNS = (16, 14, 8, 7, 4)  # that a gradient of taps reads at once, chosen likewise
+PAD = 15  # zeros around the taps of a row and of a column: what a tile of outputs may ask for beyond them
 PROGRAMS = 2112  # of a gradient of taps: 16 warps on each of an H100's 132 processors
-PLANES_FROM, PLANES_TO = 48, 128  # grids whose row and column kernels run as products of matrices, in 16 bits
+PLANES_FROM, PLANES_TO = 32, 128  # grids whose row and column kernels run as products of matrices, in 16 bits
 SLICES = 32  # of partial sums that a program reads at once
 Pair = tuple[int, int]
 
@@ -35,14 +37,14 @@ launch_to_planes, launch_from_planes = Launcher(products.to_planes), Launcher(pr
 launch_cross, launch_cross_gradients = Launcher(products.cross_planes), Launcher(products.cross_gradients)
 
 
-def columns_of(*lengths: int) -> int:
-    """Columns of a program's outputs on lines this long."""
-    return min(COLUMNS, key=lambda n: sum(ceil_div(length, n) * n for length in lengths))
+def columns_of(choices: Sequence[int], *lengths: int) -> int:
+    """What wastes least of lines this long, the first of equals."""
+    return min(choices, key=lambda n: sum(ceil_div(length, n) * n for length in lengths))
 
 
 def tiles_of(x: Tensor) -> tuple[int, int, int]:
     """Columns of a tile, and tiles down and across the grid."""
-    columns = columns_of(x.shape[2])
+    columns = columns_of(COLUMNS, x.shape[2])
     return columns, ceil_div(x.shape[1], ROWS), ceil_div(x.shape[2], columns)
 
 
@@ -56,18 +58,18 @@ def flat(shorts: Sequence[Tensor]) -> Tensor:
 
 
 def laid_out(shorts: Sequence[Tensor], cross: Tensor | None, scale: Tensor | None, grid: Pair, dim: int) -> Tensor:
-    """Taps as the kernels read them, `[taps, D]` in fp32: k x k of each short kernel, the row, the column."""
+    """Taps as the kernels read them, `[taps, D]` in fp32: k x k of each short kernel, the row, the column, padded."""
     h, w = grid
     short = flat(shorts) if shorts else cross
     assert short is not None
     widths = widths_of(shorts)
-    count = sum(k * k for k in widths) + (0 if cross is None else 2 * (w + h) - 2)
+    count = sum(k * k for k in widths) + (0 if cross is None else 2 * (w + h) - 2 + 4 * PAD)
     taps = torch.empty(count, dim, dtype=torch.float32, device=short.device)
     pointers = (short, short if cross is None else cross.contiguous(), short if scale is None else scale, taps)
     length, groups = (1, 1) if cross is None else (cross.shape[2], cross.shape[1])
     lay_out(
         (count, ceil_div(dim, 128)), pointers, (dim, length, groups, dim // groups, h, w), WIDTHS=widths,
-        CROSS=cross is not None, SCALED=scale is not None, BLOCK=128, num_warps=1,
+        CROSS=cross is not None, SCALED=scale is not None, PAD=PAD, BLOCK=128, num_warps=1,
     )  # fmt: skip
     return taps
 
@@ -91,9 +93,9 @@ def convolve(
     columns, down, across = tiles_of(y)
     pointers = (x, taps, taps if bias is None else bias, y, y if u is None else u, taps if sums is None else sums)
     tiled_convolve(
-        (batch * down * across, ceil_div(dim, CHANNELS)), pointers, (h, w, dim, down, across, branch_stride),
-        WIDTHS=widths, CROSS=cross, TRANSPOSED=transposed, BIAS=bias is not None, SILU=silu, SAVE=u is not None,
-        STATISTICS=sums is not None, R=ROWS, W=columns, C=CHANNELS, num_warps=1,
+        (batch * down * across, ceil_div(dim, CHANNELS)), pointers, (h, w, down, across, branch_stride),
+        D=dim, WIDTHS=widths, CROSS=cross, TRANSPOSED=transposed, BIAS=bias is not None, SILU=silu, SAVE=u is not None,
+        STATISTICS=sums is not None, PAD=PAD, R=ROWS, W=columns, C=CHANNELS, num_warps=1,
     )  # fmt: skip
 
 
@@ -245,8 +247,8 @@ def tap_gradients(
         short_partial = torch.empty(short_slices, places, dim, dtype=torch.float32, device=x.device)
         launch_short_gradients(
             (short_slices, channel_blocks, sum(widths)), (x, dy, short_partial),
-            (h, w, dim, batch * h, each, x.numel() if len(dy) > 1 else 0), WIDTHS=widths, PLACES=places,
-            W=columns_of(w), C=CHANNELS, num_warps=1,
+            (h, w, batch * h, each, x.numel() if len(dy) > 1 else 0), D=dim, WIDTHS=widths, PLACES=places,
+            W=columns_of(GRADIENT_COLUMNS, w), C=CHANNELS, num_warps=1,
         )  # fmt: skip
     length, groups = (1, dim) if cross is None else (cross.shape[2], cross.shape[1])
     if planes is not None:
@@ -258,14 +260,14 @@ def tap_gradients(
             num_warps=16 if max(high, wide) > 64 else 8 if max(high, wide) > 32 else 4, num_stages=2,
         )  # fmt: skip
     elif cross is not None:
-        columns = columns_of(h, w)
+        columns = columns_of(GRADIENT_COLUMNS, h, w)
         row_blocks, column_blocks = ceil_div(w, columns), ceil_div(h, columns)
         entries = 2 * (row_blocks + column_blocks) - 2
         line_slices = max(1, min(batch * min(h, w), 2 * PROGRAMS // (entries * channel_blocks)))
         line_partial = torch.empty(line_slices, entries, 2 * columns - 1, dim, dtype=torch.float32, device=x.device)
         launch_line_gradients(
             (line_slices, channel_blocks, entries), (x, dy[-1], line_partial),
-            (h, w, dim, batch, row_blocks, column_blocks), W=columns, C=CHANNELS, num_warps=1,
+            (h, w, batch, row_blocks, column_blocks), D=dim, W=columns, C=CHANNELS, num_warps=1,
         )  # fmt: skip
     dshort = flat_like(shorts) if shorts else x
     dcross = None if cross is None else torch.empty(cross.shape, dtype=cross.dtype, device=x.device)
@@ -363,7 +365,7 @@ def backward_norm(
     cross: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
-    """Gradients of x, of the short kernels, of cross, and `[branches + 1, D]`: of each weight, then of every bias."""
+    """Gradients of x, of the short kernels, of cross, and `[2 branches, D]`: of each weight, then of each bias."""
     batch, h, w, dim = x.shape
     branches, rows = len(y), batch * h * w
     each = ceil_div(ceil_div(rows, PROGRAMS // 2), 8) * 8
@@ -373,9 +375,13 @@ def backward_norm(
         (programs, blocks), (y, dz, state, partial), (rows, each, rows * dim, dim), N=branches, SILU=silu, BR=4, BC=128,
         num_warps=4,
     )  # fmt: skip
-    sums = torch.empty(branches + 1, dim, dtype=torch.float32, device=x.device)
-    size = sums.numel()
-    launch_sum((ceil_div(size, 16),), (partial, sums), (programs, size), BS=4 * SLICES, BLOCK=16, num_warps=4)
+    # All biases have one gradient; a copy for each, or autograd would make them.
+    sums = torch.empty(2 * branches, dim, dtype=torch.float32, device=x.device)
+    size = (branches + 1) * dim
+    launch_sum(
+        (ceil_div(size, 16),), (partial, sums), (programs, size, dim), COPIES=branches, BS=4 * SLICES, BLOCK=16,
+        num_warps=4,
+    )  # fmt: skip
     dy = torch.empty_like(y)
     launch_gradient(
         (ceil_div(rows, 8), blocks), (y, dz, state, sums, dy), (rows, rows * dim, dim), N=branches, SILU=silu, BR=8,

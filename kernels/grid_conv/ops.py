@@ -127,6 +127,5 @@ class Normed(torch.autograd.Function):
             dx, dshorts, dcross, sums = launch.backward_norm(
                 dz.contiguous(), x, y, state, taps, kernels, cross, ctx.silu
             )
-        *dweights, dbias = sums.unbind(0)
-        norms = [g.to(dtype) for g, dtype in zip((*dweights, *[dbias] * len(dweights)), ctx.dtypes, strict=True)]
+        norms = [g.to(dtype) for g, dtype in zip(sums.unbind(0), ctx.dtypes, strict=True)]
         return dx, dcross, None, None, None, None, None, *dshorts, *norms

@@ -6,7 +6,7 @@ for every image X `[h, w]` of every channel, on tensor cores, operands in x's dt
 sums along the diagonals of X' dY for the row and of dY X' for the column, each summed over the images. The images must
 lie as planes, `[D, B, h, w]`, so a change of layout comes before and another behind, which also adds what the short
 kernels gave, bias and SiLU. The vectors of `triton.py` do h + w multiplications a number instead; from grids of about
-48 on these products and both changes of layout take less.
+32 on these products and both changes of layout take less in training.
 """
 
 import triton

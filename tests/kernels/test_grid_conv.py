@@ -33,6 +33,7 @@ def narrow_tiles(monkeypatch):
         from chela_plugin.kernels.grid_conv import launch
 
         monkeypatch.setattr(launch, "COLUMNS", (2,))
+        monkeypatch.setattr(launch, "GRADIENT_COLUMNS", (2,))
 
 
 def arguments(h, w, dim=6, k=3, groups=3, dtype=torch.float32):
