@@ -68,8 +68,8 @@ class FusedAttention(torch.autograd.Function):
         heads, keys, values, causal = shape
         with exactly(x):
             x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
-            from_z = z_rows @ joined(x.dtype, q, k, g).T
-            from_x = x_rows @ joined(x.dtype, v, dt, multiple=16).T
+            z_weight, x_weight = joined(x.dtype, q, k, g), joined(x.dtype, v, dt, multiple=16)
+            from_z, from_x = z_rows @ z_weight.T, x_rows @ x_weight.T
             q_heads, k_heads, v_heads, log_decay = activation.activate(from_z, from_x, bias, heads, keys, values)
             rows = (batch, time, heads)
             q_heads, k_heads, v_heads = (h.view(*rows, h.shape[-1]) for h in (q_heads, k_heads, v_heads))
@@ -79,10 +79,13 @@ class FusedAttention(torch.autograd.Function):
             )
             gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
             y = norm.forward(o, v_heads, skip, head_norm, gate, EPS)
-            out = y.view(-1, heads * values) @ proj.to(x.dtype).T
+            out_weight = proj.to(x.dtype)
+            out = y.view(-1, heads * values) @ out_weight.T
         if learns:
             ctx.shape = shape
-            tensors = (log_decay, state, saved, from_z, from_x, o)
+            # Where autocast casts weights, the casts are kept as its own linear layers keep them; else they are cheap.
+            weights = (z_weight, x_weight, out_weight) if proj.dtype != x.dtype else (None, None, None)
+            tensors = (*weights, log_decay, state, saved, from_z, from_x, o)
             ctx.save_for_backward(x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors)
         return out.view(batch, time, -1)
 
@@ -94,20 +97,23 @@ class FusedAttention(torch.autograd.Function):
         from chela_plugin.kernels.qkv_activation import launch as activation
 
         x, z, q, k, g, v, dt, bias, head_norm, skip, proj, *tensors = ctx.saved_tensors
-        log_decay, state, saved, from_z, from_x, o = tensors
+        z_weight, x_weight, out_weight, log_decay, state, saved, from_z, from_x, o = tensors
         heads, keys, values, causal = ctx.shape
         batch, time, dim = x.shape
         x_rows, z_rows = x.reshape(-1, dim), z.reshape(-1, dim)
         with exactly(x):
+            if z_weight is None:
+                z_weight, x_weight = joined(x.dtype, q, k, g), joined(x.dtype, v, dt, multiple=16)
+                out_weight = proj
             dout = dout.to(x.dtype).reshape(-1, dout.shape[-1])
-            dy = (dout @ proj.to(x.dtype)).view(batch, time, -1)
+            dy = (dout @ out_weight).view(batch, time, -1)
             y, v_heads, dfrom_z = torch.empty_like(dy), torch.empty_like(o), torch.empty_like(from_z)
             gate = from_z[:, 2 * heads * keys :].view(batch, time, -1)
             before = from_x[:, : heads * values].view(o.shape)
             do, _, dskip, dhead_norm, _ = norm.backward(
                 dy, o, before, skip, head_norm, gate, EPS, dfrom_z[:, 2 * heads * keys :], False, y, v_heads
             )
-            dproj = dout.T @ y.view(-1, heads * values)
+            dproj = product(dout.T, y.view(-1, heads * values), proj.dtype)
             del y, dy
             q_heads, k_heads = (h.view(*o.shape[:3], keys) for h in activation.activate_qk(from_z, heads, keys))
             dq, dk, dv, dlog_decay, _ = attention.backward(
@@ -117,10 +123,11 @@ class FusedAttention(torch.autograd.Function):
             if dt is None and from_x.shape[1] > heads * values:  # with a decay its pass does this
                 dfrom_x[:, heads * values :] = 0
             dbias = activation.gradient(dq, dk, dv, do, dlog_decay, from_z, from_x, bias, skip, dfrom_z, dfrom_x)
-            dz = (dfrom_z @ joined(x.dtype, q, k, g)).view(z.shape)
-            dx = (dfrom_x @ joined(x.dtype, v, dt, multiple=16)).view(x.shape)
-            dq_weight, dk_weight, dg_weight = (dfrom_z.T @ z_rows).split([len(q), len(k), len(g)])
-            dv_weight, ddt_weight = (dfrom_x.T @ x_rows).split([len(v), from_x.shape[1] - len(v)])
+            dz = (dfrom_z @ z_weight).view(z.shape)
+            dx = (dfrom_x @ x_weight).view(x.shape)
+            dz_weight, dx_weight = product(dfrom_z.T, z_rows, q.dtype), product(dfrom_x.T, x_rows, v.dtype)
+            dq_weight, dk_weight, dg_weight = dz_weight.split([len(q), len(k), len(g)])
+            dv_weight, ddt_weight = dx_weight.split([len(v), from_x.shape[1] - len(v)])
         return (
             dx,
             dz,
@@ -132,7 +139,7 @@ class FusedAttention(torch.autograd.Function):
             None if bias is None or dbias is None else as_type(dbias, bias.dtype),
             dhead_norm,
             dskip,
-            as_type(dproj, proj.dtype),
+            dproj,
             None,
             None,
         )
@@ -147,6 +154,13 @@ def exactly(x: Tensor) -> AbstractContextManager:
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, which takes the host half a microsecond where it does nothing."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in dtype; fp32 of 16-bit matrices on a GPU comes from the product itself, unrounded, in no pass more."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def joined(dtype: torch.dtype, *weights: Tensor | None, multiple: int = 1) -> Tensor:

@@ -34,8 +34,8 @@ def convolved(conv: ShortLongConv, x: Tensor, mask: Tensor | None, grid: tuple[i
     running = []
     for norm in norms:
         assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
         running.append((norm.running_mean, norm.running_var))
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)  # one launch for all
     y = grid_conv_norm(
         image,
         shorts,

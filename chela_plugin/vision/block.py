@@ -14,6 +14,7 @@ from chela_plugin.registry import MixerSpec, parse_pattern
 from chela_plugin.registry.spec import NATIVE
 from chela_plugin.residual import in_turn
 from chela_plugin.unordered import create_unordered_mixer
+from chela_plugin.vision.fused_mlp import mlp_of
 
 __all__ = ["MixerBlock"]
 
@@ -79,7 +80,7 @@ class MixerBlock(nn.Module):
         x, y = sum_and_norm(x, branch, self.norm1)
         mixed = self.mixer(y, grid=grid) if self.uses_grid else self.mixer(y)
         x, y = sum_and_norm(x, self.drop_path1(self.ls1(mixed)), self.norm2)
-        return x, self.drop_path2(self.ls2(self.mlp(y)))
+        return x, self.drop_path2(self.ls2(mlp_of(self.mlp, y)))
 
     @torch.jit.ignore
     def hooked(self) -> bool:

@@ -33,9 +33,10 @@ def backward(dy, x, u, short, cross, scale, bias, silu, want_x, want_taps):
     if silu:
         dy = torch.ops.aten.silu_backward(dy, u)
     with ready_for(x):
-        gradients = launch.backward(dy, x, short, cross, scale, want_x, want_taps)
+        shorts = [] if short is None else [short]
+        dx, dshorts, *gradients = launch.backward(dy[None], x, shorts, cross, scale, want_x, want_taps)
     dbias = dy.sum((0, 1, 2), dtype=torch.float32).to(bias.dtype) if bias is not None and want_taps else None
-    return *gradients, dbias
+    return dx, dshorts[0] if dshorts else None, *gradients, dbias
 
 
 def _backward(dy, *rest):
@@ -113,19 +114,18 @@ class Normed(torch.autograd.Function):
         branches = (len(tensors) - shorts) // 2
         kernels, weights, biases = tensors[:shorts], tensors[shorts : shorts + branches], tensors[shorts + branches :]
         with ready_for(x):
-            z, y, state = launch.forward_norm(
-                x, list(kernels), cross, list(weights), list(biases), running, momentum, eps, silu
-            )
+            z, y, state, taps = launch.forward_norm(x, kernels, cross, weights, biases, running, momentum, eps, silu)
         ctx.silu, ctx.shorts, ctx.dtypes = silu, shorts, [t.dtype for t in (*weights, *biases)]
-        ctx.save_for_backward(x, y, state, cross, *kernels)
+        ctx.save_for_backward(x, y, state, taps, cross, *kernels)
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz):
-        x, y, state, cross, *kernels = ctx.saved_tensors
+        x, y, state, taps, cross, *kernels = ctx.saved_tensors
         with ready_for(x):
-            dx, dshorts, dcross, sums = launch.backward_norm(dz.contiguous(), x, y, state, kernels, cross, ctx.silu)
-        *dweights, dbias = sums.unbind(0)
-        norms = [g.to(dtype) for g, dtype in zip((*dweights, *[dbias] * len(dweights)), ctx.dtypes, strict=True)]
+            dx, dshorts, dcross, sums = launch.backward_norm(
+                dz.contiguous(), x, y, state, taps, kernels, cross, ctx.silu
+            )
+        norms = [g.to(dtype) for g, dtype in zip(sums.unbind(0), ctx.dtypes, strict=True)]
         return dx, dcross, None, None, None, None, None, *dshorts, *norms

@@ -26,31 +26,36 @@ def _outputs(program, tile_rows, tile_columns, R, W, h, w):
 
 
 @triton.jit(do_not_specialize=["programs", "tile_rows", "tile_columns", "R", "W"])
-def statistics(sums, weight, running_mean, running_var, mean, rstd, scale, programs, tile_rows, tile_columns, R, W,
-               h, w, places, D, eps, momentum, TRACK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Of one branch, from the partial sums that `convolve` left: mean, rstd and scale a, each `[D]`, and the running
-    statistics (variance unbiased, as torch keeps it)."""
+def statistics(sums, weight, bias, running_mean, running_var, state, programs, tile_rows, tile_columns, R, W, h, w,
+               places, D, eps, momentum, BRANCH: tl.constexpr, N: tl.constexpr, TRACK: tl.constexpr, BP: tl.constexpr,
+               BC: tl.constexpr):  # fmt: skip
+    """Of one of N branches, from the partial sums that `convolve` left: state `[4, N, D]` in fp32, of mean, rstd, scale
+    a and bias, and the running statistics (variance unbiased, as torch keeps it)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < D
-    total = tl.zeros((BP, BC), tl.float32)
-    for first in range(0, programs, BP):
-        p = first + tl.arange(0, BP)
-        live = (p < programs)[:, None] & there[None, :]
-        total += tl.load(sums + p.to(tl.int64)[:, None] * 2 * D + c[None, :], mask=live, other=0.0)
-    average = tl.sum(total, 0) / places
+    seen = tl.zeros((BP, 1), tl.float32)  # places behind the mean and the spread of each lane
+    mean = tl.zeros((BP, BC), tl.float32)
     spread = tl.zeros((BP, BC), tl.float32)
     for first in range(0, programs, BP):
         p = first + tl.arange(0, BP)
         live = (p < programs)[:, None] & there[None, :]
         at = sums + p.to(tl.int64)[:, None] * 2 * D + c[None, :]
-        count = _outputs(p, tile_rows, tile_columns, R, W, h, w)[:, None]
-        away = tl.load(at, mask=live, other=0.0) / count - average[None, :]
-        spread += tl.load(at + D, mask=live, other=0.0) + tl.where(live, count * away * away, 0.0)
-    spread = tl.sum(spread, 0)
+        total = tl.load(at, mask=live, other=0.0)
+        own = tl.load(at + D, mask=live, other=0.0)
+        count = tl.where(p < programs, _outputs(p, tile_rows, tile_columns, R, W, h, w), 0.0)[:, None]
+        share = count / tl.maximum(seen + count, 1.0)
+        away = total / tl.maximum(count, 1.0) - mean
+        spread += own + away * away * seen * share
+        mean += away * share
+        seen += count
+    average = tl.sum(seen * mean, 0) / places
+    spread = tl.sum(spread + seen * (mean - average[None, :]) * (mean - average[None, :]), 0)
     inverse = 1 / tl.sqrt(spread / places + eps)
-    tl.store(mean + c, average, mask=there)
-    tl.store(rstd + c, inverse, mask=there)
-    tl.store(scale + c, inverse * tl.load(weight + c, mask=there, other=0.0).to(tl.float32), mask=there)
+    state += BRANCH * D + c
+    tl.store(state, average, mask=there)
+    tl.store(state + N * D, inverse, mask=there)
+    tl.store(state + 2 * N * D, inverse * tl.load(weight + c, mask=there, other=0.0).to(tl.float32), mask=there)
+    tl.store(state + 3 * N * D, tl.load(bias + c, mask=there, other=0.0).to(tl.float32), mask=there)
     if TRACK:
         old = tl.load(running_mean + c, mask=there, other=0.0).to(tl.float32)
         tl.store(running_mean + c, old + momentum * (average - old), mask=there)
@@ -59,35 +64,34 @@ def statistics(sums, weight, running_mean, running_var, mean, rstd, scale, progr
 
 
 @triton.jit
-def _sum(y, mean, scale, bias, at, c, live, there, stride, D, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def _sum(y, state, at, c, live, there, stride, D, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """u of a block."""
     u = tl.zeros((BR, BC), tl.float32)
     for i in tl.static_range(N):
         value = tl.load(y + i * stride + at, mask=live, other=0.0).to(tl.float32)
-        a = tl.load(scale + i * D + c, mask=there, other=0.0)
-        shift = tl.load(bias + i * D + c, mask=there, other=0.0)
-        u += (value - tl.load(mean + i * D + c, mask=there, other=0.0)[None, :]) * a[None, :] + shift[None, :]
+        a = tl.load(state + (2 * N + i) * D + c, mask=there, other=0.0)
+        shift = tl.load(state + (3 * N + i) * D + c, mask=there, other=0.0)
+        u += (value - tl.load(state + i * D + c, mask=there, other=0.0)[None, :]) * a[None, :] + shift[None, :]
     return u
 
 
 @triton.jit
-def apply(y, mean, scale, bias, z, rows, stride, D, N: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr,
-          BC: tl.constexpr):  # fmt: skip
-    """y `[N, rows, D]`, `stride` between branches; z `[rows, D]`; mean, scale, bias `[N, D]` in fp32."""
+def apply(y, state, z, rows, stride, D, N: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """y `[N, rows, D]`, `stride` between branches; z `[rows, D]`; state: see `statistics`."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     there = c < D
     live = (row < rows)[:, None] & there[None, :]
     at = row[:, None] * D + c[None, :]
-    u = _sum(y, mean, scale, bias, at, c, live, there, stride, D, N, BR, BC)
+    u = _sum(y, state, at, c, live, there, stride, D, N, BR, BC)
     if SILU:
         u *= tl.sigmoid(u)
     tl.store(z + at, u, mask=live)
 
 
 @triton.jit(do_not_specialize=["per_program"])
-def gradient_sums(y, dz, mean, rstd, scale, bias, sums, rows, per_program, stride, D, N: tl.constexpr,
-                  SILU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def gradient_sums(y, dz, state, sums, rows, per_program, stride, D, N: tl.constexpr, SILU: tl.constexpr,
+                  BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """sums `[programs, N + 1, D]`: of g n_i for each branch, then of g."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     there = c < D
@@ -102,12 +106,12 @@ def gradient_sums(y, dz, mean, rstd, scale, bias, sums, rows, per_program, strid
         at = row[:, None] * D + c[None, :]
         g = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
         if SILU:
-            g *= _slope(_sum(y, mean, scale, bias, at, c, live, there, stride, D, N, BR, BC))
+            g *= _slope(_sum(y, state, at, c, live, there, stride, D, N, BR, BC))
         updated = ()
         for i in tl.static_range(N):
             value = tl.load(y + i * stride + at, mask=live, other=0.0).to(tl.float32)
-            value = (value - tl.load(mean + i * D + c, mask=there, other=0.0)[None, :]) * tl.load(
-                rstd + i * D + c, mask=there, other=0.0
+            value = (value - tl.load(state + i * D + c, mask=there, other=0.0)[None, :]) * tl.load(
+                state + (N + i) * D + c, mask=there, other=0.0
             )[None, :]
             updated = updated + (weights[i] + g * value,)
         weights = updated
@@ -119,8 +123,8 @@ def gradient_sums(y, dz, mean, rstd, scale, bias, sums, rows, per_program, strid
 
 
 @triton.jit
-def gradient(y, dz, mean, rstd, scale, bias, sums, dy, rows, stride, D, N: tl.constexpr, SILU: tl.constexpr,
-             BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def gradient(y, dz, state, sums, dy, rows, stride, D, N: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr,
+             BC: tl.constexpr):  # fmt: skip
     """dy `[N, rows, D]`, as y; sums `[N + 1, D]`, summed."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -129,12 +133,12 @@ def gradient(y, dz, mean, rstd, scale, bias, sums, dy, rows, stride, D, N: tl.co
     at = row[:, None] * D + c[None, :]
     g = tl.load(dz + at, mask=live, other=0.0).to(tl.float32)
     if SILU:
-        g *= _slope(_sum(y, mean, scale, bias, at, c, live, there, stride, D, N, BR, BC))
+        g *= _slope(_sum(y, state, at, c, live, there, stride, D, N, BR, BC))
     g -= (tl.load(sums + N * D + c, mask=there, other=0.0) / rows)[None, :]
     for i in tl.static_range(N):
         value = tl.load(y + i * stride + at, mask=live, other=0.0).to(tl.float32)
-        inverse = tl.load(rstd + i * D + c, mask=there, other=0.0)
-        value = (value - tl.load(mean + i * D + c, mask=there, other=0.0)[None, :]) * inverse[None, :]
+        inverse = tl.load(state + (N + i) * D + c, mask=there, other=0.0)
+        value = (value - tl.load(state + i * D + c, mask=there, other=0.0)[None, :]) * inverse[None, :]
         share = tl.load(sums + i * D + c, mask=there, other=0.0) / rows
-        a = tl.load(scale + i * D + c, mask=there, other=0.0)
+        a = tl.load(state + (2 * N + i) * D + c, mask=there, other=0.0)
         tl.store(dy + i * stride + at, a[None, :] * (g - value * share[None, :]), mask=live)

@@ -2,10 +2,11 @@
 
     Y = X R + C X        R[j', j] = row[j - j']        C[i, i'] = column[i - i']
 
-for every image X `[h, w]` of every channel, on tensor cores, operands in x's dtype and sums in fp32. The images must
+for every image X `[h, w]` of every channel, on tensor cores, operands in x's dtype and sums in fp32. The gradients are
+sums along the diagonals of X' dY for the row and of dY X' for the column, each summed over the images. The images must
 lie as planes, `[D, B, h, w]`, so a change of layout comes before and another behind, which also adds what the short
 kernels gave, bias and SiLU. The vectors of `triton.py` do h + w multiplications a number instead; from grids of about
-48 on these products and both changes of layout take less.
+32 on these products and both changes of layout take less in training.
 """
 
 import triton
@@ -54,6 +55,53 @@ def cross_planes(x, cross, scale, y, sums, h, w, D, images, groups, per_group, L
         away = tl.where(live, out - total / (h * w).to(tl.float32), 0.0)
         tl.store(sums + image * 2 * D + d, total)
         tl.store(sums + image * 2 * D + D + d, tl.sum(away * away))
+
+
+@triton.jit
+def _diagonals(product, N: tl.constexpr):
+    """Sums of product[a, b] over b - a = lag and over a - b = lag, for lags 0 to N - 1."""
+    i = tl.arange(0, N)
+    lag = i[:, None] + i[None, :]
+    kept = lag < N
+    lag = tl.minimum(lag, N - 1)
+    ahead = tl.sum(tl.where(kept, tl.gather(product, lag, 1), 0.0), 0)
+    behind = tl.sum(tl.where(kept, tl.gather(product, lag, 0), 0.0), 1)
+    return ahead, behind
+
+
+@triton.jit
+def _store_lags(dtaps, ahead, behind, count, D, N: tl.constexpr):
+    lag = tl.arange(0, N)
+    tl.store(dtaps + (count - 1 + lag) * D, ahead, mask=lag < count)
+    tl.store(dtaps + (count - 1 - lag) * D, behind, mask=(lag > 0) & (lag < count))
+
+
+@triton.jit(do_not_specialize=["images"])
+def cross_gradients(x, dy, dtaps, h, w, D, images, BH: tl.constexpr, BW: tl.constexpr):
+    """dtaps `[slices, 2 w - 1 + 2 h - 1, D]`, by lag, the row's first. Program: a slice of the images of one channel,
+    of the row or the column."""
+    d = tl.program_id(1)
+    per_slice = tl.cdiv(images, tl.num_programs(0))
+    start = tl.program_id(0) * per_slice
+    end = tl.minimum(start + per_slice, images)
+    i, j = tl.arange(0, BH), tl.arange(0, BW)
+    live = (i < h)[:, None] & (j < w)[None, :]
+    plane = d.to(tl.int64) * images * h * w + i[:, None] * w + j[None, :]
+    dtaps += tl.program_id(0) * (2 * (w + h) - 2) * D + d
+    if tl.program_id(2) == 0:
+        row = tl.zeros((BW, BW), tl.float32)
+        for image in range(start, end):
+            block = tl.load(x + plane + image * h * w, mask=live, other=0.0)
+            row = tl.dot(tl.trans(block), tl.load(dy + plane + image * h * w, mask=live, other=0.0), row)
+        ahead, behind = _diagonals(row, BW)
+        _store_lags(dtaps, ahead, behind, w, D, BW)
+    else:
+        column = tl.zeros((BH, BH), tl.float32)
+        for image in range(start, end):
+            block = tl.load(x + plane + image * h * w, mask=live, other=0.0)
+            column = tl.dot(tl.load(dy + plane + image * h * w, mask=live, other=0.0), tl.trans(block), column)
+        behind, ahead = _diagonals(column, BH)  # dY X' has the output's row first
+        _store_lags(dtaps + (2 * w - 1) * D, ahead, behind, h, D, BH)
 
 
 @triton.jit

@@ -135,13 +135,13 @@ def layers(long: str, dtype: torch.dtype) -> None:
 
 @part(dtype=ALL)
 def grids(dtype: torch.dtype) -> None:
-    """Grids that are no squares, kernels wider than the grid, channels that fill no block."""
+    """Grids that are no squares, kernels wider than the grid, channels that fill no block; products of matrices."""
     from chela_plugin.kernels.grid_conv import grid_conv, grid_conv_norm
 
     def fp32(*shape: int) -> torch.Tensor:
         return random(*shape, dtype=torch.float32)
 
-    for h, w, D, groups in ((5, 7, 24, 3), (2, 3, 8, 8), (17, 14, 40, 5)):
+    for h, w, D, groups in ((5, 7, 24, 3), (2, 3, 8, 8), (17, 14, 40, 5), (34, 41, 12, 2)):
         x, shorts, cross = random(2, h, w, D, dtype=dtype), [fp32(D, k, k) for k in (3, 7)], fp32(4, groups, max(h, w))
         both_ways(grid_conv(x, shorts[1], cross, scale=fp32(D), bias=fp32(D), silu=True))
         both_ways(grid_conv(x, shorts[0]))
@@ -150,6 +150,20 @@ def grids(dtype: torch.dtype) -> None:
             weights, biases = ([fp32(D) for _ in range(3)] for _ in range(2))
             running = [(torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)) for _ in range(3)]
             both_ways(grid_conv_norm(x, shorts, cross, weights, biases, running=running, silu=silu))
+
+
+@part(dtype=ALL)
+def vision_mlp(dtype: torch.dtype) -> None:
+    """Rows and hidden channels that fill no block."""
+    from timm.layers import Mlp
+
+    from chela_plugin.vision.fused_mlp import mlp_of, stands_for
+
+    mlp = Mlp(24, 270, device=DEVICE)
+    x = random(2, 37, 24, dtype=dtype)
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        assert stands_for(mlp, x) or DEVICE == "cpu"
+        both_ways(mlp_of(mlp, x))
 
 
 @part()

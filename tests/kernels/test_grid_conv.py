@@ -33,6 +33,7 @@ def narrow_tiles(monkeypatch):
         from chela_plugin.kernels.grid_conv import launch
 
         monkeypatch.setattr(launch, "COLUMNS", (2,))
+        monkeypatch.setattr(launch, "GRADIENT_COLUMNS", (2,))
 
 
 def arguments(h, w, dim=6, k=3, groups=3, dtype=torch.float32):
@@ -142,6 +143,36 @@ def test_running_statistics_do_not_cancel_where_the_mean_is_large():
 
 
 @pytest.mark.skipif(not TRITON, reason="Triton runs on a GPU, or interpreted")
+@pytest.mark.parametrize("groups", [1, 2, 6])  # six channels a group, three, and each its own
+def test_gradients_of_shared_taps_and_their_scale(groups):
+    x, _, cross, scale, _ = arguments(2, 3, groups=groups)
+    y = grid_conv(x, None, cross, scale=scale)
+    twins = wide([x, cross, scale])
+    expected = reference.grid_conv(twins[0], None, twins[1], twins[2], None, False)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = torch.autograd.grad(y, [x, cross, scale], dy)
+    for gradient, twin in zip(found, torch.autograd.grad(expected, twins, dy.double()), strict=True):
+        torch.testing.assert_close(gradient.double(), twin, **FP32)
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton runs on a GPU, or interpreted")
+def test_slices_of_partial_sums_do_not_change_the_gradients(monkeypatch):
+    """One slice, and as many as there are lines, of which a program reads two at once."""
+    from chela_plugin.kernels.grid_conv import launch
+
+    x, shorts, cross, weights, biases = normed()
+    leaves = [x, *shorts, cross, *weights, *biases]
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = []
+    for programs, at_once in ((2, 32), (1000, 2)):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        monkeypatch.setattr(launch, "SLICES", at_once)
+        found.append(torch.autograd.grad(grid_conv_norm(x, shorts, cross, weights, biases), leaves, dy))
+    for few, many in zip(*found, strict=True):
+        torch.testing.assert_close(few, many, **FP32)
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton runs on a GPU, or interpreted")
 def test_opcheck():
     from chela_plugin.kernels.grid_conv import ops
 
@@ -176,7 +207,7 @@ def test_shapes_that_do_not_fit_are_one_clear_error(change, message):
     "grid", [(5, 3), pytest.param((64, 50), marks=pytest.mark.skipif(DEVICE == "cpu", reason="slow"))]
 )
 def test_products_of_matrices_on_large_grids_equal_the_plain_form(grid, monkeypatch):
-    """In the result, x's gradient, and the statistics of a branch; fp16's 11 bits, at most three roundings."""
+    """In the result, all gradients, and the statistics of a branch; fp16's 11 bits, at most three roundings."""
     from chela_plugin.kernels.grid_conv import launch
 
     monkeypatch.setattr(launch, "PLANES_FROM", 1)
@@ -188,9 +219,10 @@ def test_products_of_matrices_on_large_grids_equal_the_plain_form(grid, monkeypa
     fp16 = {"rtol": 2e-3, "atol": 2e-3 * expected.abs().max().item()}
     torch.testing.assert_close(y.double(), expected, **fp16)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
-    dx = torch.autograd.grad(expected, twins[0], dy.double())[0]
-    fp16["atol"] = 2e-3 * dx.abs().max().item()
-    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0].double(), dx, **fp16)
+    found = torch.autograd.grad(y, [x, short, cross, scale, bias], dy)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, twins, dy.double()), strict=True):
+        fp16["atol"] = 2e-3 * wanted.abs().max().item()
+        torch.testing.assert_close(gradient.double(), wanted, **fp16)
     mean, var = torch.zeros(6, device=DEVICE), torch.zeros(6, device=DEVICE)
     one = torch.ones(6, device=DEVICE)
     grid_conv_norm(x, [], cross, [one], [0 * one], running=[(mean, var)], momentum=1.0)
