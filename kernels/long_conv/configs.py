@@ -91,15 +91,18 @@ def algorithm(tokens: int, first_lag: int, last_lag: int, dtype: torch.dtype, *,
 
 
 class ModalBlocks(NamedTuple):
-    """chunk: tokens a chunk. columns: segments times channels a program. warps and stages: as Triton has them."""
+    """chunk: tokens a chunk. columns: segments times channels a program. warps and stages: as Triton has them. fetch:
+    whether a chunk is loaded while the one before it is multiplied. registers: at most, for each thread, or None."""
 
     chunk: int
     columns: int
     warps: int
     stages: int
+    fetch: bool = False
+    registers: int | None = None
 
 
-def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
+def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> ModalBlocks:
     """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'.
 
     All share one chunk."""
@@ -109,11 +112,14 @@ def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
         return ModalBlocks(64, 64, 4, 2)
     # In tf32 a scan of 64 columns read shared memory before it was fenced, as compiled by Triton 3.6.
     narrow = part == "scan" and arithmetic(dtype) == "tf32"
-    return ModalBlocks(64, 32 if narrow else 64, 4, 1)
+    alone = part == "scan" and not short
+    return ModalBlocks(64, 32 if narrow else 64, 4, 1, not alone, 128 if alone else None)
 
 
 # Of `short_sums`: channels and warps a program, parts that a segment is cut into.
-SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 8, 4
+SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 4, 4
+# Of `modal_gradient`: shares on their way, warps.
+GRADIENT_STAGES, GRADIENT_WARPS = 3, 8
 
 
 def modal_segment_size(batch: int, tokens: int, filters: int) -> int:

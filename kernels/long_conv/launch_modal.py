@@ -10,8 +10,9 @@ from torch import Tensor
 from chela_plugin.kernels.backend import ceil_div, next_power_of_2, precision
 from chela_plugin.kernels.launching import Launcher
 
+from . import configs
 from . import triton_modal as kernels
-from .configs import SHORT_CHANNELS, SHORT_PARTS, SHORT_WARPS, ModalBlocks, modal_blocks_for, modal_segment_size
+from .configs import ModalBlocks, modal_blocks_for, modal_segment_size
 
 launch_matrices, launch_ends, launch_carry = (
     Launcher(kernel) for kernel in (kernels.modal_matrices, kernels.modal_ends, kernels.modal_carry)
@@ -140,14 +141,20 @@ def matrices(f: Filter, dtype: torch.dtype, plan: Plan, strict: bool = False) ->
         torch.empty(groups, 2, 2, plan.SP, **wide),
     )
     launch_matrices(
-        (groups,), (log_time, frequency, residue, *made), (modes, plan.size), C=C, SP=plan.SP, STRICT=strict
-    )
+        (groups,), (log_time, frequency, residue, *made), (modes, plan.size), C=C, SP=plan.SP, STRICT=strict,
+        num_warps=8,
+    )  # fmt: skip
     return made
 
 
 def _common(x: Tensor, plan: Plan) -> tuple[int, ...]:
     """T, D, R, Q, segments, per_row, size, blocks, as every kernel over the tokens takes them."""
     return x.shape[1], x.shape[2], plan.group, plan.Q, plan.segments, plan.per_row, plan.size, plan.blocks
+
+
+def _row(strides: tuple[int, ...], x: Tensor) -> int:
+    """The stride of time where it is the width, forwards or backwards, to be compiled in; otherwise 0."""
+    return strides[1] if abs(strides[1]) == x.shape[2] else 0
 
 
 def _options(blocks: ModalBlocks, x: Tensor, plan: Plan) -> dict[str, Any]:
@@ -175,7 +182,8 @@ def _starts(x: Tensor, flipped: bool, into: Tensor, turn: Tensor, plan: Plan, re
     rows = 1 if plan.places is not None else plan.rows
     launch_carry(
         (plan.Q * rows,), (ends, starts, turn, places), (plan.Q, plan.segments, plan.per_row, plan.blocks),
-        SP=plan.SP, CB=plan.channels, REVERSE=reverse, PACKED=plan.places is not None, num_warps=1,
+        SP=plan.SP, CB=plan.channels, REVERSE=reverse, PACKED=plan.places is not None, SIDE=min(plan.per_row, 4),
+        num_warps=1,
     )  # fmt: skip
     return starts
 
@@ -190,7 +198,7 @@ def _scan(
 
     flipped: over the tokens in reverse order. ahead: short taps in front of lag 0. add: a summand of u, laid out as y.
     """
-    blocks = modal_blocks_for(x.dtype, "scan")
+    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None)
     into, out = (m.out, m.into) if reverse else (m.into, m.out)
     starts = _starts(x, flipped, into, m.turn, plan, reverse) if plan.carries else None
     x_start, x_strides = view_of(x, flipped)
@@ -204,6 +212,7 @@ def _scan(
         (*_common(x, plan), *x_strides, *y_strides),
         K=0 if f.short is None else f.short.shape[1], AHEAD=ahead, ADD=add is not None, SCALE=f.scale is not None,
         BIAS=f.bias is not None and not reverse, SILU=silu, SAVE=save, CARRY=starts is not None, REVERSE=reverse,
+        FETCH=blocks.fetch, X_T=_row(x_strides, x), Y_T=_row(y_strides, x), maxnreg=blocks.registers,
         **_options(blocks, x, plan),
     )  # fmt: skip
 
@@ -324,12 +333,14 @@ def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: 
         (du_start, x_start, states, adjoints, x if f.scale is None else f.scale.contiguous(),
          x if plan.places is None else plan.places, *shares),
         (*_common(x, plan), *du_strides, *x_strides),
-        SCALE=f.scale is not None, **_options(blocks, x, plan),
+        SCALE=f.scale is not None, FETCH=blocks.fetch, X_T=_row(x_strides, x), G_T=_row(du_strides, x),
+        maxnreg=blocks.registers, **_options(blocks, x, plan),
     )  # fmt: skip
     groups, modes = f.log_time.shape
     launch_gradient(
         (groups,), (*shares, *(t.contiguous() for t in f[:3]), *poles),
         (modes, plan.Q, grid[0] // plan.Q, plan.blocks), C=C, SP=plan.SP, STRICT=flipped,
+        STAGES=configs.GRADIENT_STAGES, num_warps=configs.GRADIENT_WARPS,
     )  # fmt: skip
 
 
@@ -342,15 +353,16 @@ def _short_sums(
     channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]
     before = u if silu else dy
     du = torch.empty_like(u) if silu else dy
-    d_blocks = ceil_div(channels, SHORT_CHANNELS)
-    shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
+    d_blocks = ceil_div(channels, configs.SHORT_CHANNELS)
+    shares = torch.empty(plan.segments * configs.SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
     launch_short_sums(
-        (plan.segments * SHORT_PARTS * d_blocks,),
+        (plan.segments * configs.SHORT_PARTS * d_blocks,),
         (dy, before, x, du, x if plan.places is None else plan.places, shares),
         (x.shape[1], channels, plan.segments, plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(),
          *x.stride()),
-        C=64, K=K, AHEAD=ahead, PARTS=SHORT_PARTS, SILU=silu, PACKED=plan.places is not None,
-        BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
+        C=64, K=K, AHEAD=ahead, PARTS=configs.SHORT_PARTS, SILU=silu, PACKED=plan.places is not None,
+        BD=configs.SHORT_CHANNELS, X_T=_row(x.stride(), x), G_T=_row(dy.stride(), x), U_T=_row(before.stride(), x),
+        num_warps=configs.SHORT_WARPS,
     )  # fmt: skip
     found = shares.sum(0)
     dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)
