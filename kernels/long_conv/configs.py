@@ -102,24 +102,27 @@ class ModalBlocks(NamedTuple):
     registers: int | None = None
 
 
-def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False) -> ModalBlocks:
-    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'.
+def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False, places: int = 16) -> ModalBlocks:
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'; short: with short taps; places: of a
+    state, two a mode.
 
-    All share one chunk."""
+    All share one chunk. The larger a state, the fewer registers are left to fetch ahead, or to a fourth program on a
+    multiprocessor: with more than 8 modes both would spill."""
     if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
         return ModalBlocks(64, 64, 4 if part == "ends" else 8, 1)
     if part == "ends":
         return ModalBlocks(64, 64, 4, 2)
     # In tf32 a scan of 64 columns read shared memory before it was fenced, as compiled by Triton 3.6.
     narrow = part == "scan" and arithmetic(dtype) == "tf32"
-    alone = part == "scan" and not short
-    return ModalBlocks(64, 32 if narrow else 64, 4, 1, not alone, 128 if alone else None)
+    if part == "scan" and not short:
+        return ModalBlocks(64, 32 if narrow else 64, 4, 1, False, 128 if places <= 16 and not narrow else None)
+    return ModalBlocks(64, 32 if narrow else 64, 4, 1, places <= (16 if part == "scan" else 32))
 
 
 # Of `short_sums`: channels and warps a program, parts that a segment is cut into.
 SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 4, 4
-# Of `modal_gradient`: shares on their way, warps.
-GRADIENT_STAGES, GRADIENT_WARPS = 3, 8
+# Of `modal_gradient`: shares on their way, warps, and columns of the short taps' shares that a program sums up.
+GRADIENT_STAGES, GRADIENT_WARPS, SHORT_COLUMNS = 3, 8, 128
 
 
 def modal_segment_size(batch: int, tokens: int, filters: int) -> int:

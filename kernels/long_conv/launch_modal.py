@@ -198,7 +198,7 @@ def _scan(
 
     flipped: over the tokens in reverse order. ahead: short taps in front of lag 0. add: a summand of u, laid out as y.
     """
-    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None)
+    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None, plan.SP)
     into, out = (m.out, m.into) if reverse else (m.into, m.out)
     starts = _starts(x, flipped, into, m.turn, plan, reverse) if plan.carries else None
     x_start, x_strides = view_of(x, flipped)
@@ -297,7 +297,8 @@ def backward(
         return dx, *poles, zeros[0], None if f.scale is None else x.new_zeros(x.shape[2], 1), zeros[1]
     sides = sides or sides_of(x, f, cu_seqlens, causal)
     ahead = taps_ahead(f, causal)
-    du, dshort, dbias = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
+    du, short_shares = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
+    short_sums = x.new_empty(short_shares.shape[1], dtype=torch.float32)
     like: Any = {"memory_format": torch.contiguous_format}
     dtime, dturn, dc = (torch.empty_like(t, **like) for t in f[:3])
     before: Tensor | None = None
@@ -314,15 +315,28 @@ def backward(
             flipped=side.flipped, ahead=ahead, add=before, dscale=None if shares is None else shares[i],
         )  # fmt: skip
         before = found
-        _filter_sums(du, met, kept, adjoints, side, [t.chunk(len(sides))[i] for t in (dtime, dturn, dc)])
+        of_side = [t.chunk(len(sides))[i] for t in (dtime, dturn, dc)]
+        _filter_sums(du, met, kept, adjoints, side, of_side, short_shares[: 0 if i else None], short_sums)
+    taps = 0 if f.short is None else f.short.numel()
+    dshort = None if f.short is None else short_sums[:taps].view(f.short.shape).to(f.short.dtype)
+    dbias = None if f.bias is None else short_sums[taps:].to(f.bias.dtype)
     dscale = None if shares is None else shares[0] if causal else torch.cat(list(shares), 1)
     return dx, dtime, dturn, dc, dshort, dscale, dbias
 
 
-def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: Side, poles: list[Tensor]) -> None:
-    """Fills `poles` with the gradients of log_time, frequency and residue."""
+def _filter_sums(
+    du: Tensor,
+    x: Tensor,
+    states: Tensor,
+    adjoints: Tensor,
+    side: Side,
+    poles: list[Tensor],
+    short_shares: Tensor,
+    short_sums: Tensor,
+) -> None:
+    """Fills `poles` with the gradients of log_time, frequency and residue, and `short_sums`, if there are shares."""
     f, plan, _, flipped = side
-    blocks = modal_blocks_for(x.dtype, "sums")
+    blocks = modal_blocks_for(x.dtype, "sums", False, plan.SP)
     grid = _grid(blocks, plan)
     wide: Any = {"dtype": torch.float32, "device": x.device}
     C = blocks.chunk
@@ -337,19 +351,21 @@ def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: 
         maxnreg=blocks.registers, **_options(blocks, x, plan),
     )  # fmt: skip
     groups, modes = f.log_time.shape
+    rows, columns = short_shares.shape
     launch_gradient(
-        (groups,), (*shares, *(t.contiguous() for t in f[:3]), *poles),
-        (modes, plan.Q, grid[0] // plan.Q, plan.blocks), C=C, SP=plan.SP, STRICT=flipped,
-        STAGES=configs.GRADIENT_STAGES, num_warps=configs.GRADIENT_WARPS,
+        (groups + (ceil_div(columns, configs.SHORT_COLUMNS) if rows else 0),),
+        (*shares, *(t.contiguous() for t in f[:3]), *poles, short_shares, short_sums),
+        (modes, plan.Q, grid[0] // plan.Q, plan.blocks, groups, rows, columns), C=C, SP=plan.SP, STRICT=flipped,
+        STAGES=configs.GRADIENT_STAGES, BLOCK=configs.SHORT_COLUMNS, num_warps=configs.GRADIENT_WARPS,
     )  # fmt: skip
 
 
 def _short_sums(
     dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool, ahead: int = 0
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy behind SiLU(u), and the gradients of the short taps and the bias."""
+) -> tuple[Tensor, Tensor]:
+    """dy behind SiLU(u), and shares `[n, D K + D]` of the gradients of the short taps and the bias; n may be 0."""
     if not silu and f.short is None and f.bias is None:
-        return dy, None, None
+        return dy, x.new_empty(0, 0, dtype=torch.float32)
     channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]
     before = u if silu else dy
     du = torch.empty_like(u) if silu else dy
@@ -364,6 +380,4 @@ def _short_sums(
         BD=configs.SHORT_CHANNELS, X_T=_row(x.stride(), x), G_T=_row(dy.stride(), x), U_T=_row(before.stride(), x),
         num_warps=configs.SHORT_WARPS,
     )  # fmt: skip
-    found = shares.sum(0)
-    dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)
-    return du, dshort, None if f.bias is None else found[channels * K :].to(f.bias.dtype)
+    return du, shares

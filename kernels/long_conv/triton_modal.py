@@ -20,10 +20,14 @@ takes in a fixed one, program by program,
 
     dnear = dU (scale X)^T     dout = dU (scale S)^T     dinto = (scale X) L^T     dturn = L . (scale S)
 
-and `modal_gradient` adds up and takes on to the poles and residues. Short taps run on the ordinary cores: 8 rows one
-token apart are held at once, so that each input is read (7 + taps) / 8 times. `short_sums` takes their gradient and the
-bias' in the pass that takes dy back through SiLU. A two-sided filter is two scans, the second over the tokens in
-reverse order (negative strides), which adds to what the first left in fp32.
+and `modal_gradient` adds up and takes on to the poles and residues. A thread of a scan holds 8 rows one token apart,
+and for short taps those around them, so that each input is read (7 + taps) / 8 times: the rows are put together as the
+products' X, and their sums are split into rows again, for the short taps, SiLU and the stores. `short_sums` takes the
+short taps' gradient and the bias' in the pass that takes dy back through SiLU. A two-sided filter is two scans, the
+second over the tokens in reverse order (negative strides), which adds to what the first left in fp32.
+
+X_T, Y_T, G_T and U_T are strides of time where these are the width, 0 otherwise: compiled in, they leave one address
+for all rows. FETCH: the next chunk is loaded while this one is multiplied.
 """
 
 # Triton unrolls loops over tuples that grow: joined with +, since it does not unpack them, and of no one type.
@@ -117,7 +121,7 @@ def _columns(places, T, D, R, Q, segments, per_row, size, blocks, C: tl.constexp
     if PACKED:
         begin = tl.load(places + segment, live, other=0)
         before = tl.load(places + segments + segment, live, other=0).to(tl.int32)
-        left = tl.load(places + 2 * segments + segment, live, other=0).to(tl.int32)
+        left = tl.maximum(tl.load(places + 2 * segments + segment, live, other=0).to(tl.int32), 0)
         slot = tl.load(places + 3 * segments + segment, live, other=0)
         row = begin * 0
     else:
@@ -243,10 +247,12 @@ def _run_of(x, t, before, left, x_t, LENGTH: tl.constexpr, FIRST: tl.constexpr):
     run = ()
     for j in tl.static_range(LENGTH):
         at = t + (j + FIRST)
+        # From the sequence's or the segment's start on, as numbers without a sign: one comparison, not two.
         if FIRST < 0:
-            seen = (at[:, None] + before[None, :] >= 0) & (at[:, None] < left[None, :])
+            since, end = at[:, None] + before[None, :], before + left
         else:
-            seen = (at[:, None] >= 0) & (at[:, None] < left[None, :])
+            since, end = at[:, None], left
+        seen = since.to(tl.uint32, bitcast=True) < end[None, :].to(tl.uint32, bitcast=True)
         run = run + (tl.load(x[None, :] + at.to(tl.int64)[:, None] * x_t, seen, other=0.0),)
     return run
 
@@ -517,16 +523,26 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
     tl.store(shares + D * K + d, tl.sum(acc_bias, 0), held)
 
 
-@triton.jit(do_not_specialize=["M", "parts"])
-def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, M, Q,
-                   parts, blocks, C: tl.constexpr, SP: tl.constexpr, STRICT: tl.constexpr,
-                   STAGES: tl.constexpr):  # fmt: skip
-    """Sums a group's shares and takes them on to its poles and residues.
+@triton.jit(do_not_specialize=["M", "parts", "rows"])
+def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, shares,
+                   sums, M, Q, parts, blocks, groups, rows, columns, C: tl.constexpr, SP: tl.constexpr,
+                   STRICT: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Sums a group's shares and takes them on to its poles and residues; programs beyond the groups sum up BLOCK
+    columns each of `short_sums`' shares `[rows, columns]`.
 
     Every entry is a real function of z = p^lag: with G = dL/dRe z + i dL/dIm z, what it gives log|p| is
     lag Re(conj(G) z), and what it gives the angle is lag Re(conj(G) i z)."""
     g = tl.program_id(0)
     r = tl.arange(0, C)
+    if g >= groups:
+        column = (g - groups) * BLOCK + tl.arange(0, BLOCK)
+        held = column < columns
+        total = tl.zeros((C, BLOCK), tl.float32)
+        for first in tl.range(0, rows, C, num_stages=STAGES):
+            at = (first + r).to(tl.int64)[:, None] * columns + column[None, :]
+            total += tl.load(shares + at, (first + r < rows)[:, None] & held[None, :], other=0.0)
+        tl.store(sums + column, tl.sum(total, 0), held)
+        return
     H: tl.constexpr = SP // 2
     m = tl.arange(0, H)
     N = tl.zeros((C, C), tl.float32)
@@ -557,23 +573,24 @@ def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog
 
     lag = r[:, None]
     z_re, z_im = _power(log_radius[None, :], turns[None, :], lag)
-    dc_re, dc_im = tl.sum(dtaps * z_re, 0), -tl.sum(dtaps * z_im, 0)
+    dc_re, dc_im = dtaps * z_re, -dtaps * z_im
     g_re, g_im = dtaps * c_re, -dtaps * c_im
-    radial = tl.sum(lag * (g_re * z_re + g_im * z_im), 0)
-    angular = tl.sum(lag * (g_im * z_re - g_re * z_im), 0)
+    radial = lag * (g_re * z_re + g_im * z_im)
+    angular = lag * (g_im * z_re - g_re * z_im)
 
-    radial += tl.sum(lag * (into_re * z_re + into_im * z_im), 0)
-    angular += tl.sum(lag * (into_im * z_re - into_re * z_im), 0)
+    radial += lag * (into_re * z_re + into_im * z_im)
+    angular += lag * (into_im * z_re - into_re * z_im)
 
     lag += 1
     p_re, p_im = _power(log_radius, turns, tl.full((H,), 1, tl.int32))
     z_re, z_im = z_re * p_re[None, :] - z_im * p_im[None, :], z_re * p_im[None, :] + z_im * p_re[None, :]
-    dc_re += tl.sum(out_re * z_re + out_im * z_im, 0)
-    dc_im += tl.sum(out_im * z_re - out_re * z_im, 0)
+    dc_re += out_re * z_re + out_im * z_im
+    dc_im += out_im * z_re - out_re * z_im
     g_re, g_im = out_re * c_re + out_im * c_im, out_im * c_re - out_re * c_im
-    radial += tl.sum(lag * (g_re * z_re + g_im * z_im), 0)
-    angular += tl.sum(lag * (g_im * z_re - g_re * z_im), 0)
+    radial += lag * (g_re * z_re + g_im * z_im)
+    angular += lag * (g_im * z_re - g_re * z_im)
 
+    dc_re, dc_im, radial, angular = tl.sum(dc_re, 0), tl.sum(dc_im, 0), tl.sum(radial, 0), tl.sum(angular, 0)
     z_re, z_im = _power(log_radius, turns, tl.full((H,), C, tl.int32))
     radial += C * (turn_re * z_re + turn_im * z_im)
     angular += C * (turn_im * z_re - turn_re * z_im)
