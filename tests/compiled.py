@@ -13,6 +13,7 @@ def compiled_for_hopper(
     *,
     aligned: Collection[str] = (),
     warps: int = 4,
+    registers: int | None = None,
 ) -> Any:
     """What `triton.compile` makes of the kernel for an H100; needs no device.
 
@@ -21,6 +22,7 @@ def compiled_for_hopper(
             (a stride of 1, one head) belong here too.
         types: of the others, such as '*bf16'; 'i32' where there is none.
         aligned: numbers that 16 divides, as a launch would find out; pointers always are.
+        registers: at most, for each thread.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -34,4 +36,5 @@ def compiled_for_hopper(
         if whole[name].startswith("*") or name in aligned
     }
     source = ASTSource(fn=kernel, signature=whole, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

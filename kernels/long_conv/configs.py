@@ -91,29 +91,38 @@ def algorithm(tokens: int, first_lag: int, last_lag: int, dtype: torch.dtype, *,
 
 
 class ModalBlocks(NamedTuple):
-    """chunk: tokens a chunk. columns: segments times channels a program. warps and stages: as Triton has them."""
+    """chunk: tokens a chunk. columns: segments times channels a program. warps and stages: as Triton has them. fetch:
+    whether a chunk is loaded while the one before it is multiplied. registers: at most, for each thread, or None."""
 
     chunk: int
     columns: int
     warps: int
     stages: int
+    fetch: bool = False
+    registers: int | None = None
 
 
-def modal_blocks_for(dtype: torch.dtype, part: str) -> ModalBlocks:
-    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'.
+def modal_blocks_for(dtype: torch.dtype, part: str, short: bool = False, places: int = 16) -> ModalBlocks:
+    """Blocks of the kernels in `triton_modal.py`; part: 'ends', 'scan' or 'sums'; short: with short taps; places: of a
+    state, two a mode.
 
-    All share one chunk."""
+    All share one chunk. The larger a state, the fewer registers are left to fetch ahead, or to a fourth program on a
+    multiprocessor: with more than 8 modes both would spill."""
     if arithmetic(dtype) == "ieee":  # the ordinary cores multiply from shared memory
         return ModalBlocks(64, 64, 4 if part == "ends" else 8, 1)
     if part == "ends":
         return ModalBlocks(64, 64, 4, 2)
     # In tf32 a scan of 64 columns read shared memory before it was fenced, as compiled by Triton 3.6.
     narrow = part == "scan" and arithmetic(dtype) == "tf32"
-    return ModalBlocks(64, 32 if narrow else 64, 4, 1)
+    if part == "scan" and not short:
+        return ModalBlocks(64, 32 if narrow else 64, 4, 1, False, 128 if places <= 16 and not narrow else None)
+    return ModalBlocks(64, 32 if narrow else 64, 4, 1, places <= (16 if part == "scan" else 32))
 
 
 # Of `short_sums`: channels and warps a program, parts that a segment is cut into.
-SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 8, 4
+SHORT_CHANNELS, SHORT_WARPS, SHORT_PARTS = 64, 4, 4
+# Of `modal_gradient`: shares on their way, warps, and columns of the short taps' shares that a program sums up.
+GRADIENT_STAGES, GRADIENT_WARPS, SHORT_COLUMNS = 3, 8, 128
 
 
 def modal_segment_size(batch: int, tokens: int, filters: int) -> int:

@@ -10,8 +10,9 @@ from torch import Tensor
 from chela_plugin.kernels.backend import ceil_div, next_power_of_2, precision
 from chela_plugin.kernels.launching import Launcher
 
+from . import configs
 from . import triton_modal as kernels
-from .configs import SHORT_CHANNELS, SHORT_PARTS, SHORT_WARPS, ModalBlocks, modal_blocks_for, modal_segment_size
+from .configs import ModalBlocks, modal_blocks_for, modal_segment_size
 
 launch_matrices, launch_ends, launch_carry = (
     Launcher(kernel) for kernel in (kernels.modal_matrices, kernels.modal_ends, kernels.modal_carry)
@@ -140,14 +141,20 @@ def matrices(f: Filter, dtype: torch.dtype, plan: Plan, strict: bool = False) ->
         torch.empty(groups, 2, 2, plan.SP, **wide),
     )
     launch_matrices(
-        (groups,), (log_time, frequency, residue, *made), (modes, plan.size), C=C, SP=plan.SP, STRICT=strict
-    )
+        (groups,), (log_time, frequency, residue, *made), (modes, plan.size), C=C, SP=plan.SP, STRICT=strict,
+        num_warps=8,
+    )  # fmt: skip
     return made
 
 
 def _common(x: Tensor, plan: Plan) -> tuple[int, ...]:
     """T, D, R, Q, segments, per_row, size, blocks, as every kernel over the tokens takes them."""
     return x.shape[1], x.shape[2], plan.group, plan.Q, plan.segments, plan.per_row, plan.size, plan.blocks
+
+
+def _row(strides: tuple[int, ...], x: Tensor) -> int:
+    """The stride of time where it is the width, forwards or backwards, to be compiled in; otherwise 0."""
+    return strides[1] if abs(strides[1]) == x.shape[2] else 0
 
 
 def _options(blocks: ModalBlocks, x: Tensor, plan: Plan) -> dict[str, Any]:
@@ -175,7 +182,8 @@ def _starts(x: Tensor, flipped: bool, into: Tensor, turn: Tensor, plan: Plan, re
     rows = 1 if plan.places is not None else plan.rows
     launch_carry(
         (plan.Q * rows,), (ends, starts, turn, places), (plan.Q, plan.segments, plan.per_row, plan.blocks),
-        SP=plan.SP, CB=plan.channels, REVERSE=reverse, PACKED=plan.places is not None, num_warps=1,
+        SP=plan.SP, CB=plan.channels, REVERSE=reverse, PACKED=plan.places is not None, SIDE=min(plan.per_row, 4),
+        num_warps=1,
     )  # fmt: skip
     return starts
 
@@ -190,7 +198,7 @@ def _scan(
 
     flipped: over the tokens in reverse order. ahead: short taps in front of lag 0. add: a summand of u, laid out as y.
     """
-    blocks = modal_blocks_for(x.dtype, "scan")
+    blocks = modal_blocks_for(x.dtype, "scan", f.short is not None, plan.SP)
     into, out = (m.out, m.into) if reverse else (m.into, m.out)
     starts = _starts(x, flipped, into, m.turn, plan, reverse) if plan.carries else None
     x_start, x_strides = view_of(x, flipped)
@@ -204,6 +212,7 @@ def _scan(
         (*_common(x, plan), *x_strides, *y_strides),
         K=0 if f.short is None else f.short.shape[1], AHEAD=ahead, ADD=add is not None, SCALE=f.scale is not None,
         BIAS=f.bias is not None and not reverse, SILU=silu, SAVE=save, CARRY=starts is not None, REVERSE=reverse,
+        FETCH=blocks.fetch, X_T=_row(x_strides, x), Y_T=_row(y_strides, x), maxnreg=blocks.registers,
         **_options(blocks, x, plan),
     )  # fmt: skip
 
@@ -288,7 +297,8 @@ def backward(
         return dx, *poles, zeros[0], None if f.scale is None else x.new_zeros(x.shape[2], 1), zeros[1]
     sides = sides or sides_of(x, f, cu_seqlens, causal)
     ahead = taps_ahead(f, causal)
-    du, dshort, dbias = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
+    du, short_shares = _short_sums(dy, x, u, f, sides[0].plan, silu, ahead)
+    short_sums = x.new_empty(short_shares.shape[1], dtype=torch.float32)
     like: Any = {"memory_format": torch.contiguous_format}
     dtime, dturn, dc = (torch.empty_like(t, **like) for t in f[:3])
     before: Tensor | None = None
@@ -305,15 +315,28 @@ def backward(
             flipped=side.flipped, ahead=ahead, add=before, dscale=None if shares is None else shares[i],
         )  # fmt: skip
         before = found
-        _filter_sums(du, met, kept, adjoints, side, [t.chunk(len(sides))[i] for t in (dtime, dturn, dc)])
+        of_side = [t.chunk(len(sides))[i] for t in (dtime, dturn, dc)]
+        _filter_sums(du, met, kept, adjoints, side, of_side, short_shares[: 0 if i else None], short_sums)
+    taps = 0 if f.short is None else f.short.numel()
+    dshort = None if f.short is None else short_sums[:taps].view(f.short.shape).to(f.short.dtype)
+    dbias = None if f.bias is None else short_sums[taps:].to(f.bias.dtype)
     dscale = None if shares is None else shares[0] if causal else torch.cat(list(shares), 1)
     return dx, dtime, dturn, dc, dshort, dscale, dbias
 
 
-def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: Side, poles: list[Tensor]) -> None:
-    """Fills `poles` with the gradients of log_time, frequency and residue."""
+def _filter_sums(
+    du: Tensor,
+    x: Tensor,
+    states: Tensor,
+    adjoints: Tensor,
+    side: Side,
+    poles: list[Tensor],
+    short_shares: Tensor,
+    short_sums: Tensor,
+) -> None:
+    """Fills `poles` with the gradients of log_time, frequency and residue, and `short_sums`, if there are shares."""
     f, plan, _, flipped = side
-    blocks = modal_blocks_for(x.dtype, "sums")
+    blocks = modal_blocks_for(x.dtype, "sums", False, plan.SP)
     grid = _grid(blocks, plan)
     wide: Any = {"dtype": torch.float32, "device": x.device}
     C = blocks.chunk
@@ -324,34 +347,37 @@ def _filter_sums(du: Tensor, x: Tensor, states: Tensor, adjoints: Tensor, side: 
         (du_start, x_start, states, adjoints, x if f.scale is None else f.scale.contiguous(),
          x if plan.places is None else plan.places, *shares),
         (*_common(x, plan), *du_strides, *x_strides),
-        SCALE=f.scale is not None, **_options(blocks, x, plan),
+        SCALE=f.scale is not None, FETCH=blocks.fetch, X_T=_row(x_strides, x), G_T=_row(du_strides, x),
+        maxnreg=blocks.registers, **_options(blocks, x, plan),
     )  # fmt: skip
     groups, modes = f.log_time.shape
+    rows, columns = short_shares.shape
     launch_gradient(
-        (groups,), (*shares, *(t.contiguous() for t in f[:3]), *poles),
-        (modes, plan.Q, grid[0] // plan.Q, plan.blocks), C=C, SP=plan.SP, STRICT=flipped,
+        (groups + (ceil_div(columns, configs.SHORT_COLUMNS) if rows else 0),),
+        (*shares, *(t.contiguous() for t in f[:3]), *poles, short_shares, short_sums),
+        (modes, plan.Q, grid[0] // plan.Q, plan.blocks, groups, rows, columns), C=C, SP=plan.SP, STRICT=flipped,
+        STAGES=configs.GRADIENT_STAGES, BLOCK=configs.SHORT_COLUMNS, num_warps=configs.GRADIENT_WARPS,
     )  # fmt: skip
 
 
 def _short_sums(
     dy: Tensor, x: Tensor, u: Tensor, f: Filter, plan: Plan, silu: bool, ahead: int = 0
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dy behind SiLU(u), and the gradients of the short taps and the bias."""
+) -> tuple[Tensor, Tensor]:
+    """dy behind SiLU(u), and shares `[n, D K + D]` of the gradients of the short taps and the bias; n may be 0."""
     if not silu and f.short is None and f.bias is None:
-        return dy, None, None
+        return dy, x.new_empty(0, 0, dtype=torch.float32)
     channels, K = x.shape[2], 0 if f.short is None else f.short.shape[1]
     before = u if silu else dy
     du = torch.empty_like(u) if silu else dy
-    d_blocks = ceil_div(channels, SHORT_CHANNELS)
-    shares = torch.empty(plan.segments * SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
+    d_blocks = ceil_div(channels, configs.SHORT_CHANNELS)
+    shares = torch.empty(plan.segments * configs.SHORT_PARTS, channels * (K + 1), dtype=torch.float32, device=x.device)
     launch_short_sums(
-        (plan.segments * SHORT_PARTS * d_blocks,),
+        (plan.segments * configs.SHORT_PARTS * d_blocks,),
         (dy, before, x, du, x if plan.places is None else plan.places, shares),
         (x.shape[1], channels, plan.segments, plan.per_row, plan.size, d_blocks, *dy.stride(), *before.stride(),
          *x.stride()),
-        C=64, K=K, AHEAD=ahead, PARTS=SHORT_PARTS, SILU=silu, PACKED=plan.places is not None,
-        BD=SHORT_CHANNELS, num_warps=SHORT_WARPS,
+        C=64, K=K, AHEAD=ahead, PARTS=configs.SHORT_PARTS, SILU=silu, PACKED=plan.places is not None,
+        BD=configs.SHORT_CHANNELS, X_T=_row(x.stride(), x), G_T=_row(dy.stride(), x), U_T=_row(before.stride(), x),
+        num_warps=configs.SHORT_WARPS,
     )  # fmt: skip
-    found = shares.sum(0)
-    dshort = None if f.short is None else found[: channels * K].view(channels, K).to(f.short.dtype)
-    return du, dshort, None if f.bias is None else found[channels * K :].to(f.bias.dtype)
+    return du, shares

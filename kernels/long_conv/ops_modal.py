@@ -29,10 +29,10 @@ def forward(x, log_time, frequency, residue, short, scale, bias, cu_seqlens, sil
     return y.to(x.dtype), u, states
 
 
-def backward(dy, x, u, states, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, causal):
+def backward(dy, x, u, states, log_time, frequency, residue, short, scale, bias, cu_seqlens, silu, causal, sides=None):
     f, computed = launch.Filter(log_time, frequency, residue, short, scale, bias), multiplied_as(x)
     with ready_for(x):
-        dx, *rest = launch.backward(dy.to(computed), x.to(computed), u, states, f, cu_seqlens, silu, causal)
+        dx, *rest = launch.backward(dy.to(computed), x.to(computed), u, states, f, cu_seqlens, silu, causal, sides)
     if rest[4] is not None:
         rest[4] = rest[4].sum(1).to(scale.dtype)
     return dx.to(x.dtype), *(x.new_empty(0) if t is None else t for t in rest)
@@ -82,12 +82,12 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else zeros of u's size are written for it each time
 
 
-def _gradient(ctx, dy, _du, _dstates, run=backward_op):
+def _gradient(ctx, dy, _du, _dstates, run=backward_op, **more):
     if dy is None:
         return (None,) * 10
     *tensors, u, states = ctx.saved_tensors
     x, *rest = tensors
-    found = run(dy, x, u, states, *rest, ctx.silu, ctx.causal)
+    found = run(dy, x, u, states, *rest, ctx.silu, ctx.causal, **more)
     wanted = zip(found, ctx.needs_input_grad, strict=False)
     return *(gradient if want else None for gradient, want in wanted), None, None, None, None
 
@@ -96,19 +96,24 @@ forward_op.register_autograd(_gradient, setup_context=_setup)
 
 
 class Eager(torch.autograd.Function):
-    """The same for a call that nothing records."""
+    """The same for a call that nothing records; the filter's matrices are made once for both passes."""
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, ctx.silu, ctx.causal = arguments
-        y, u, states = forward(*arguments, True)
-        ctx.save_for_backward(*tensors, u, states)
-        return y
+        x, *filter_, cu_seqlens, ctx.silu, ctx.causal = arguments
+        with ready_for(x):
+            y, u, states, ctx.sides = launch.forward(
+                x.to(multiplied_as(x)), launch.Filter(*filter_), cu_seqlens, ctx.silu, ctx.causal, True
+            )
+        ctx.save_for_backward(x, *filter_, cu_seqlens, u, states)
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _gradient(ctx, dy, None, None, backward_op if traced(dy) else backward)[:10]
+        if traced(dy):
+            return _gradient(ctx, dy, None, None)[:10]
+        return _gradient(ctx, dy, None, None, backward, sides=ctx.sides)[:10]
 
 
 class Branches(torch.autograd.Function):

@@ -18,21 +18,28 @@ adjoint states L: L_n = turn^T L_(n+1) + out^T dU; what it finds, times x, sums 
 states that both scans leave at each chunk, all other gradients are sums over chunks in any order, which `modal_sums`
 takes in a fixed one, program by program,
 
-    dnear = (scale dU) X^T     dout = (scale dU) S^T     dinto = X (scale L)^T     dturn = (scale L) . S
+    dnear = dU (scale X)^T     dout = dU (scale S)^T     dinto = (scale X) L^T     dturn = L . (scale S)
 
-and `modal_gradient` adds up and takes on to the poles and residues. Short taps run on the ordinary cores: 8 rows one
-token apart are held at once, so that each input is read (7 + taps) / 8 times. `short_sums` takes their gradient and the
-bias' in the pass that takes dy back through SiLU. A two-sided filter is two scans, the second over the tokens in
-reverse order (negative strides), which adds to what the first left in fp32.
+and `modal_gradient` adds up and takes on to the poles and residues. A thread of a scan holds 8 rows one token apart,
+and for short taps those around them, so that each input is read (7 + taps) / 8 times: the rows are put together as the
+products' X, and their sums are split into rows again, for the short taps, SiLU and the stores. `short_sums` takes the
+short taps' gradient and the bias' in the pass that takes dy back through SiLU. A two-sided filter is two scans, the
+second over the tokens in reverse order (negative strides), which adds to what the first left in fp32.
+
+X_T, Y_T, G_T and U_T are strides of time where these are the width, 0 otherwise: compiled in, they leave one address
+for all rows. FETCH: the next chunk is loaded while this one is multiplied.
 """
 
 # Triton unrolls loops over tuples that grow: joined with +, since it does not unpack them, and of no one type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, misc, var-annotated"
+import os
+
 import triton
 import triton.language as tl
 
-RUN = tl.constexpr(8)  # neighbouring tokens that a thread holds for the short taps
+RUN = tl.constexpr(8)  # neighbouring tokens that a thread holds
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"))
 
 
 @triton.jit
@@ -71,21 +78,22 @@ def modal_matrices(log_time, frequency, residue, taps, into, out, turn, M, size,
     log_radius, turns, live, re, im, loss = _modes(log_time, frequency, residue, g, s, M, SP)
     real = (s < SP // 2)[None, :]
     c_re, c_im = (re * loss)[None, :], (im * loss)[None, :]
-    tile = g * (2 * C * SP) + r[:, None] * SP + s[None, :]
-
-    z_re, z_im = _power(log_radius[None, :], turns[None, :], (C - 1 - r)[:, None])
+    z_re, z_im = _power(log_radius[None, :], turns[None, :], r[:, None])
     z_re, z_im = tl.where(live[None, :], z_re, 0.0), tl.where(live[None, :], z_im, 0.0)
+
+    tile = g * (2 * C * SP) + (C - 1 - r)[:, None] * SP + s[None, :]  # at lag C - 1 - r
     tl.store(into + tile, tl.where(real, z_re, z_im).to(into.dtype.element_ty))
     tl.store(into + tile + C * SP, tl.where(real, -z_im, z_re).to(into.dtype.element_ty))
 
-    z_re, z_im = _power(log_radius[None, :], turns[None, :], (r + 1)[:, None])
+    tap = tl.sum(tl.where(real, c_re * z_re - c_im * z_im, 0.0), 1)
+    tl.store(taps + g * C + r, tl.where(r > 0, tap, 0.0) if STRICT else tap)
+
+    tile = g * (2 * C * SP) + r[:, None] * SP + s[None, :]  # at lag r + 1
+    p_re, p_im = _power(log_radius, turns, tl.full((SP,), 1, tl.int32))
+    z_re, z_im = z_re * p_re[None, :] - z_im * p_im[None, :], z_re * p_im[None, :] + z_im * p_re[None, :]
     w_re, w_im = c_re * z_re - c_im * z_im, c_re * z_im + c_im * z_re
     tl.store(out + tile, tl.where(real, w_re, -w_im).to(out.dtype.element_ty))
     tl.store(out + tile + C * SP, tl.where(real, -w_im, -w_re).to(out.dtype.element_ty))
-
-    z_re, z_im = _power(log_radius[None, :], turns[None, :], r[:, None])
-    tap = tl.sum(tl.where(real, c_re * z_re - c_im * z_im, 0.0), 1)
-    tl.store(taps + g * C + r, tl.where(r > 0, tap, 0.0) if STRICT else tap)
 
     at = turn + g * (4 * SP) + s
     z_re, z_im = _power(log_radius, turns, tl.full((SP,), C, tl.int32))
@@ -113,7 +121,7 @@ def _columns(places, T, D, R, Q, segments, per_row, size, blocks, C: tl.constexp
     if PACKED:
         begin = tl.load(places + segment, live, other=0)
         before = tl.load(places + segments + segment, live, other=0).to(tl.int32)
-        left = tl.load(places + 2 * segments + segment, live, other=0).to(tl.int32)
+        left = tl.maximum(tl.load(places + 2 * segments + segment, live, other=0).to(tl.int32), 0)
         slot = tl.load(places + 3 * segments + segment, live, other=0)
         row = begin * 0
     else:
@@ -142,6 +150,20 @@ def _join_run(t):
     low = tl.join(tl.join(t[0], t[1]), tl.join(t[2], t[3]))
     high = tl.join(tl.join(t[4], t[5]), tl.join(t[6], t[7]))
     return tl.reshape(tl.permute(tl.join(low, high), (0, 4, 3, 2, 1)), (t[0].shape[0] * RUN, t[0].shape[1]))
+
+
+@triton.jit
+def _split_run(t):
+    """The other way round: RUN tiles `[C / RUN, N]`, one token apart, of one tile `[C, N]`."""
+    t = tl.permute(tl.reshape(t, (t.shape[0] // RUN, 2, 2, 2, t.shape[1])), (0, 4, 3, 2, 1))
+    low, high = tl.split(t)
+    t01, t23 = tl.split(low)
+    t45, t67 = tl.split(high)
+    t0, t1 = tl.split(t01)
+    t2, t3 = tl.split(t23)
+    t4, t5 = tl.split(t45)
+    t6, t7 = tl.split(t67)
+    return t0, t1, t2, t3, t4, t5, t6, t7
 
 
 @triton.jit
@@ -181,7 +203,7 @@ def modal_ends(x, ends, into, turn, places, T, D, R, Q, segments, per_row, size,
 
 @triton.jit(do_not_specialize=["segments", "count"])
 def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.constexpr, CB: tl.constexpr,
-                REVERSE: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+                REVERSE: tl.constexpr, PACKED: tl.constexpr, SIDE: tl.constexpr):  # fmt: skip
     """The state that each segment starts from (REVERSE: ends with), strung together over a row's segments in turn."""
     q = (tl.program_id(0) % Q).to(tl.int64)
     first = tl.program_id(0) // Q * count
@@ -193,40 +215,63 @@ def modal_carry(ends, starts, turn, places, Q, segments, count, blocks, SP: tl.c
     n = tl.arange(0, CB)[:, None]
     S1 = tl.zeros((CB, SP), tl.float32)
     S2 = tl.zeros((CB, SP), tl.float32)
-    for i in range(count):
-        if REVERSE:
-            i = count - 1 - i
-        segment = first + i
-        if PACKED:
-            if REVERSE:  # nothing comes back from another sequence
-                begins = tl.load(places + segments + segment + 1, segment + 1 < segments, other=0) == 0
-            else:
-                begins = tl.load(places + segments + segment) == 0
-            S1, S2 = tl.where(begins, 0.0, S1), tl.where(begins, 0.0, S2)
-        at = ((segment.to(tl.int64) * Q + q) * CB + n) * SP
-        tl.store(starts + at + s[None, :], S1)
-        E1 = tl.load(ends + at + s[None, :])
-        E2 = tl.load(ends + at + ((s + SP // 2) % SP)[None, :])
-        E2 *= sign
-        S1, S2 = a * S1 + b * S2 + E1, a * S2 - b * S1 + E2
+    swapped = (s + SP // 2) % SP
+    for some in range(0, count, SIDE):
+        # Loads of several segments before their stores, or each segment waits for memory alone.
+        found = ()
+        for k in tl.static_range(SIDE):
+            i = count - 1 - (some + k) if REVERSE else some + k
+            at = (((first + i).to(tl.int64) * Q + q) * CB + n) * SP
+            there = some + k < count
+            E1, E2 = tl.load(ends + at + s[None, :], there), tl.load(ends + at + swapped[None, :], there)
+            found = found + ((E1, E2 * sign),)
+        for k in tl.static_range(SIDE):
+            i = count - 1 - (some + k) if REVERSE else some + k
+            segment = first + i
+            if PACKED:
+                if REVERSE:  # nothing comes back from another sequence
+                    next_is_there = (some + k < count) & (segment + 1 < segments)
+                    begins = tl.load(places + segments + segment + 1, next_is_there, other=0) == 0
+                else:
+                    begins = tl.load(places + segments + segment, some + k < count, other=0) == 0
+                S1, S2 = tl.where(begins, 0.0, S1), tl.where(begins, 0.0, S2)
+            at = ((segment.to(tl.int64) * Q + q) * CB + n) * SP
+            tl.store(starts + at + s[None, :], S1, some + k < count)
+            E1, E2 = found[k]
+            S1, S2 = a * S1 + b * S2 + E1, a * S2 - b * S1 + E2
 
 
 @triton.jit
-def _tile_of(x, t, left, x_t):
-    """x at tokens t `[C]` of a segment, `[C, N]`; zero where there is none."""
-    seen = (t >= 0)[:, None] & (t[:, None] < left[None, :])
-    return tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, seen, other=0.0)
-
-
-@triton.jit
-def _run_of(x, t, before, left, x_t, K: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr):
-    """What K short taps at tokens t .. t + RUN - 1 meet, one token apart: a tuple of RUN + K - 1 tiles."""
+def _run_of(x, t, before, left, x_t, LENGTH: tl.constexpr, FIRST: tl.constexpr):
+    """x at tokens t + FIRST on of a segment, one token apart: a tuple of LENGTH tiles, zero where there is no token."""
     run = ()
-    for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
-        at = t + (j - AHEAD if REVERSE else j - (K - 1) + AHEAD)
-        seen = (at[:, None] + before[None, :] >= 0) & (at[:, None] < left[None, :])
+    for j in tl.static_range(LENGTH):
+        at = t + (j + FIRST)
+        # From the sequence's or the segment's start on, as numbers without a sign: one comparison, not two.
+        if FIRST < 0:
+            since, end = at[:, None] + before[None, :], before + left
+        else:
+            since, end = at[:, None], left
+        seen = since.to(tl.uint32, bitcast=True) < end[None, :].to(tl.uint32, bitcast=True)
         run = run + (tl.load(x[None, :] + at.to(tl.int64)[:, None] * x_t, seen, other=0.0),)
     return run
+
+
+@triton.jit
+def _sigmoid(x):
+    """By approximations within 2 ulp that leave out denormals and quotients beyond 2^126: 4 instructions, not 12."""
+    if INTERPRETED:
+        return 1 / (1 + tl.exp(-x))
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+        }""",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
@@ -235,12 +280,14 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
                C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                AHEAD: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
                SAVE: tl.constexpr, CARRY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
-               PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each chunk's state.
+               PRECISION: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr, X_T: tl.constexpr,
+               Y_T: tl.constexpr):  # fmt: skip
+    """y = SiLU(u) or u, u = bias + short * x + scale (modal * x). SAVE: also u (with SILU) and each
+    chunk's state, scaled.
 
-    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged. With SCALE saved
-    states are scaled, and `u`, which then is what the filter met, laid out as y, fills `dscale [D, segments]`: <modal *
-    u, x> = <u, modal^T x>. AHEAD: short taps in front of lag 0. ADD: more summands of u, laid out as y."""
+    REVERSE: the transpose of short * x + scale (modal * x), for which `into` and `out` come exchanged. With SCALE
+    `u`, which then is what the filter met, laid out as y, fills `dscale [D, segments]`: <modal * u, x> =
+    <u, modal^T x>. AHEAD: short taps in front of lag 0. ADD: more summands of u, laid out as y."""
     g, q, segment, d, live, row, begin, before, left, slot = _columns(
         places, T, D, R, Q, segments, per_row, size, blocks, C, CB, N, PACKED
     )
@@ -273,69 +320,87 @@ def modal_scan(x, y, u, add, states, starts, taps, into, out, turn, short, scale
     shift = tl.zeros((N,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, live, other=0.0).to(tl.float32)
-    acc_scale = tl.zeros((C // 4, N), tl.float32)
+    if X_T != 0:
+        x_t = X_T
+    if Y_T != 0:
+        y_t = Y_T
+    acc_scale = tl.zeros((H, N), tl.float32)
     h = tl.arange(0, H) * RUN
     tap = ()
     for k in tl.static_range(K):
         tap = tap + (tl.load(short + d * K + k, live, other=0.0).to(tl.float32),)
+    BEHIND: tl.constexpr = 0 if K == 0 else (AHEAD if REVERSE else K - 1 - AHEAD)
+    LENGTH: tl.constexpr = RUN + (K - 1 if K > 0 else 0)
     chunks = (tl.minimum(tl.max(left), size) + C - 1).to(tl.int32) // C
-    first = chunks - 1 if REVERSE else 0
-    next_tile = _tile_of(x, first * C + r, left, x_t)
-    next_run = _run_of(x, first * C + h, before, left, x_t, K, AHEAD, REVERSE)
-    if REVERSE and SCALE:
-        next_met = _tile_of(u, first * C + r, left, y_t)
+    if FETCH:
+        first = chunks - 1 if REVERSE else 0
+        next_run = _run_of(x, first * C + h, before, left, x_t, LENGTH, -BEHIND)
     for step in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - step if REVERSE else step
-        t = c * C + r
-        held = t[:, None] < left[None, :]
-        XT = tl.trans(next_tile.to(dtype))
-        run = next_run
-        # The next chunk is on its way while this one is multiplied: no load goes past the stores below.
-        after = c - 1 if REVERSE else c + 1
-        next_tile = _tile_of(x, after * C + r, left, x_t)
-        next_run = _run_of(x, after * C + h, before, left, x_t, K, AHEAD, REVERSE)
+        if FETCH:
+            run = next_run
+            # The next chunk is on its way while this one is multiplied: no load goes past the stores below.
+            next_run = _run_of(x, (c - 1 if REVERSE else c + 1) * C + h, before, left, x_t, LENGTH, -BEHIND)
+        else:
+            run = _run_of(x, c * C + h, before, left, x_t, LENGTH, -BEHIND)
+        middle = ()
+        for j in tl.static_range(RUN):
+            middle = middle + (run[BEHIND + j].to(dtype),)
+        XT = tl.trans(_join_run(middle))
         if REVERSE and SCALE:
-            met = next_met
-            next_met = _tile_of(u, after * C + r, left, y_t)
+            met = _run_of(u, c * C + h, before, left, y_t, RUN, 0)
         if SAVE:
             at = _state_at(states, slot + c, q, Q, SP, CB, N, False)
-            kept = S1 * factor[:, None] if REVERSE and SCALE else S1
+            kept = S1 * factor[:, None] if SCALE and not REVERSE else S1
             tl.store(at, kept.to(dtype), (live & (c * C < left))[:, None])
-        acc = tl.dot(XT, NT, input_precision=PRECISION)
-        acc = tl.dot(S1.to(dtype), WT, acc, input_precision=PRECISION)
+        acc = tl.dot(S1.to(dtype), WT, input_precision=PRECISION)
+        acc = tl.dot(XT, NT, acc, input_precision=PRECISION)
         A1, A2 = a * S1 + b * S2, a * S2 - b * S1
         S1 = tl.dot(XT, V1, A1, input_precision=PRECISION)
         S2 = tl.dot(XT, V2, A2, input_precision=PRECISION)
-        total = tl.trans(acc)
-        if REVERSE and SCALE:
-            # A quarter of the rows is what all threads hold once: a sum over the quarters stays in each thread.
-            acc_scale += tl.sum(tl.reshape(total * met.to(tl.float32), (4, C // 4, N)), 0)
-        total = total * factor[None, :] + shift[None, :]
-        if K > 0:
-            sums = ()
-            for j in tl.static_range(RUN):
-                part = tl.zeros((H, N), tl.float32)
-                for k in tl.static_range(K):
-                    part += run[j + (k if REVERSE else K - 1 - k)].to(tl.float32) * tap[k][None, :]
-                sums = sums + (part,)
-            total += _join_run(sums)
-        at = t.to(tl.int64)[:, None] * y_t
-        if ADD:
-            total += tl.load(add[None, :] + at, held, other=0.0).to(tl.float32)
-        if SILU:
-            if SAVE:
-                tl.store(u[None, :] + at, total.to(dtype), held)
-            total = total / (1 + tl.exp(-total))
-        tl.store(y[None, :] + at, total.to(y.dtype.element_ty), held)
+        rows = _split_run(tl.trans(acc))
+        for j in tl.static_range(RUN):
+            t = c * C + h + j
+            held = t[:, None] < left[None, :]
+            at = t.to(tl.int64)[:, None] * y_t
+            total = rows[j]
+            if REVERSE and SCALE:
+                acc_scale += total * met[j].to(tl.float32)
+            total = total * factor[None, :] + shift[None, :]
+            for k in tl.static_range(K):
+                total += run[j + (k if REVERSE else K - 1 - k)].to(tl.float32) * tap[k][None, :]
+            if ADD:
+                total += tl.load(add[None, :] + at, held, other=0.0).to(tl.float32)
+            if SILU:
+                if SAVE:
+                    tl.store(u[None, :] + at, total.to(dtype), held)
+                total *= _sigmoid(total)
+            tl.store(y[None, :] + at, total.to(y.dtype.element_ty), held)
     if REVERSE and SCALE:
         tl.store(dscale + d * segments + segment, tl.sum(acc_scale, 0), live)
+
+
+@triton.jit
+def _met_in_sums(du, x, states, adjoints, c, slot, q, Q, left, live, g_t, x_t, C: tl.constexpr, SP: tl.constexpr,
+                 CB: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Of chunk c: du and x `[C, N]`, state, adjoint state and the latter with re and im exchanged `[N, SP]`."""
+    t = c * C + tl.arange(0, C)
+    held = t[:, None] < left[None, :]
+    G = tl.load(du[None, :] + t.to(tl.int64)[:, None] * g_t, held, other=0.0)
+    X = tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0)
+    here = (live & (c * C < left))[:, None]
+    S = tl.load(_state_at(states, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
+    L = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
+    L2 = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, True), here, other=0.0)
+    return G, X, S, L, L2
 
 
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
 def modal_sums(du, x, states, adjoints, scale, places, dnear, dinto, dout, dturn, T, D, R, Q, segments, per_row,
                size, blocks, g_b, g_t, g_d, x_b, x_t, x_d,
                C: tl.constexpr, SP: tl.constexpr, CB: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr,
-               PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+               PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr,
+               X_T: tl.constexpr, G_T: tl.constexpr):  # fmt: skip
     """This program's share of dnear `[C, C]`, dinto and dout `[C, SP]`, dturn `[2, SP]`."""
     pid = tl.program_id(0).to(tl.int64)
     _, q, _, d, live, row, begin, _, left, slot = _columns(
@@ -354,21 +419,25 @@ def modal_sums(du, x, states, adjoints, scale, places, dnear, dinto, dout, dturn
     acc_out = tl.zeros((C, SP), tl.float32)
     turn_re = tl.zeros((N, SP), tl.float32)
     turn_im = tl.zeros((N, SP), tl.float32)
+    if X_T != 0:
+        x_t = X_T
+    if G_T != 0:
+        g_t = G_T
+    if FETCH:
+        ahead = _met_in_sums(du, x, states, adjoints, 0, slot, q, Q, left, live, g_t, x_t, C, SP, CB, N)
     for c in tl.range(0, chunks, num_stages=STAGES):
-        t = c * C + r
-        held = t[:, None] < left[None, :]
-        G = tl.load(du[None, :] + t.to(tl.int64)[:, None] * g_t, held, other=0.0)
-        X = tl.load(x[None, :] + t.to(tl.int64)[:, None] * x_t, held, other=0.0)
-        here = (live & (c * C < left))[:, None]
-        S = tl.load(_state_at(states, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
-        L = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, False), here, other=0.0)
-        L2 = tl.load(_state_at(adjoints, slot + c, q, Q, SP, CB, N, True), here, other=0.0).to(tl.float32)
+        if FETCH:
+            G, X, S, L, L2 = ahead
+            ahead = _met_in_sums(du, x, states, adjoints, c + 1, slot, q, Q, left, live, g_t, x_t, C, SP, CB, N)
+        else:
+            G, X, S, L, L2 = _met_in_sums(du, x, states, adjoints, c, slot, q, Q, left, live, g_t, x_t, C, SP, CB, N)
+        L2 = L2.to(tl.float32)
         turn_re += L.to(tl.float32) * S.to(tl.float32)
         turn_im += L2 * S.to(tl.float32)
         if SCALE:
-            G = G.to(tl.float32) * factor[None, :]
-        acc_near = tl.dot(G.to(dtype), tl.trans(X), acc_near, input_precision=PRECISION)
-        acc_out = tl.dot(G.to(dtype), S, acc_out, input_precision=PRECISION)
+            X = (X.to(tl.float32) * factor[None, :]).to(dtype)
+        acc_near = tl.dot(G, tl.trans(X), acc_near, input_precision=PRECISION)
+        acc_out = tl.dot(G, S, acc_out, input_precision=PRECISION)
         acc_into = tl.dot(X, L, acc_into, input_precision=PRECISION)
     tl.store(dnear + pid * (C * C) + r[:, None] * C + r[None, :], acc_near)
     tl.store(dinto + pid * (C * SP) + r[:, None] * SP + s[None, :], acc_into)
@@ -381,7 +450,8 @@ def modal_sums(du, x, states, adjoints, scale, places, dnear, dinto, dout, dturn
 @triton.jit(do_not_specialize=["T", "segments", "per_row"])
 def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_blocks, g_b, g_t, g_d, u_b, u_t, u_d,
                x_b, x_t, x_d, C: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
-               SILU: tl.constexpr, PACKED: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+               SILU: tl.constexpr, PACKED: tl.constexpr, BD: tl.constexpr, X_T: tl.constexpr, G_T: tl.constexpr,
+               U_T: tl.constexpr):  # fmt: skip
     """SILU: du = dy SiLU'(u), laid out as u. A row of shares, for each of PARTS parts of a segment: what its tokens
     give the short taps `[D, K]`, and behind them the bias `[D]`."""
     pid = tl.program_id(0)
@@ -405,6 +475,12 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
     u += row * u_b + begin * u_t + d[None, :] * u_d
     du += row * u_b + begin * u_t + d[None, :] * u_d
     x += row * x_b + begin * x_t + d[None, :] * x_d
+    if X_T != 0:
+        x_t = X_T
+    if G_T != 0:
+        g_t = G_T
+    if U_T != 0:
+        u_t = U_T
     acc_bias = tl.zeros((H, BD), tl.float32)
     accs = ()
     for _ in tl.static_range(K):
@@ -416,7 +492,7 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
         for j in tl.static_range(RUN + K - 1 if K > 0 else 0):
             t = first + (j - (K - 1) + AHEAD)
             seen = there & (t + before >= 0) & (t < left)
-            xs = xs + (tl.load(x + t.to(tl.int64) * x_t, seen, other=0.0).to(tl.float32),)
+            xs = xs + (tl.load(x + t.to(tl.int64) * x_t, seen, other=0.0),)
         # All loads of a chunk before its first store: the compiler takes none past a store, and each would wait alone.
         grads = ()
         values = ()
@@ -431,14 +507,14 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
             if SILU:
                 t = first + j
                 value = values[j].to(tl.float32)
-                gate = 1 / (1 + tl.exp(-value))
+                gate = _sigmoid(value)
                 grad = (grad * gate * (1 + value * (1 - gate))).to(du.dtype.element_ty)
                 tl.store(du + t.to(tl.int64) * u_t, grad, there & (t < left))
                 grad = grad.to(tl.float32)
             acc_bias += grad
             news = ()
             for k in tl.static_range(K):
-                news = news + (accs[k] + grad * xs[j + K - 1 - k],)
+                news = news + (accs[k] + grad * xs[j + K - 1 - k].to(tl.float32),)
             accs = news
     held = d < D
     shares += share.to(tl.int64) * D * (K + 1)
@@ -447,15 +523,26 @@ def short_sums(dy, u, x, du, places, shares, T, D, segments, per_row, size, d_bl
     tl.store(shares + D * K + d, tl.sum(acc_bias, 0), held)
 
 
-@triton.jit(do_not_specialize=["M", "parts"])
-def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, M, Q,
-                   parts, blocks, C: tl.constexpr, SP: tl.constexpr, STRICT: tl.constexpr):  # fmt: skip
-    """Sums a group's shares and takes them on to its poles and residues.
+@triton.jit(do_not_specialize=["M", "parts", "rows"])
+def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog_time, dfrequency, dresidue, shares,
+                   sums, M, Q, parts, blocks, groups, rows, columns, C: tl.constexpr, SP: tl.constexpr,
+                   STRICT: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Sums a group's shares and takes them on to its poles and residues; programs beyond the groups sum up BLOCK
+    columns each of `short_sums`' shares `[rows, columns]`.
 
     Every entry is a real function of z = p^lag: with G = dL/dRe z + i dL/dIm z, what it gives log|p| is
     lag Re(conj(G) z), and what it gives the angle is lag Re(conj(G) i z)."""
     g = tl.program_id(0)
     r = tl.arange(0, C)
+    if g >= groups:
+        column = (g - groups) * BLOCK + tl.arange(0, BLOCK)
+        held = column < columns
+        total = tl.zeros((C, BLOCK), tl.float32)
+        for first in tl.range(0, rows, C, num_stages=STAGES):
+            at = (first + r).to(tl.int64)[:, None] * columns + column[None, :]
+            total += tl.load(shares + at, (first + r < rows)[:, None] & held[None, :], other=0.0)
+        tl.store(sums + column, tl.sum(total, 0), held)
+        return
     H: tl.constexpr = SP // 2
     m = tl.arange(0, H)
     N = tl.zeros((C, C), tl.float32)
@@ -466,11 +553,12 @@ def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog
     turn_re = tl.zeros((H,), tl.float32)
     turn_im = tl.zeros((H,), tl.float32)
     half = r[:, None] * SP + m[None, :]
-    for i in range(parts * blocks):
+    turned = (C - 1 - r)[:, None] * SP + m[None, :]  # row r of `into` holds the power C - 1 - r
+    for i in tl.range(0, parts * blocks, num_stages=STAGES):
         pid = ((i // blocks) * Q + g * blocks + i % blocks).to(tl.int64)
         N += tl.load(dnear + pid * (C * C) + r[:, None] * C + r[None, :])
-        into_re += tl.load(dinto + pid * (C * SP) + half)
-        into_im += tl.load(dinto + pid * (C * SP) + half + H)
+        into_re += tl.load(dinto + pid * (C * SP) + turned)
+        into_im += tl.load(dinto + pid * (C * SP) + turned + H)
         out_re += tl.load(dout + pid * (C * SP) + half)
         out_im -= tl.load(dout + pid * (C * SP) + half + H)
         turn_re += tl.load(dturn + pid * (2 * SP) + m) + tl.load(dturn + pid * (2 * SP) + H + m)
@@ -485,24 +573,24 @@ def modal_gradient(dnear, dinto, dout, dturn, log_time, frequency, residue, dlog
 
     lag = r[:, None]
     z_re, z_im = _power(log_radius[None, :], turns[None, :], lag)
-    dc_re, dc_im = tl.sum(dtaps * z_re, 0), -tl.sum(dtaps * z_im, 0)
+    dc_re, dc_im = dtaps * z_re, -dtaps * z_im
     g_re, g_im = dtaps * c_re, -dtaps * c_im
-    radial = tl.sum(lag * (g_re * z_re + g_im * z_im), 0)
-    angular = tl.sum(lag * (g_im * z_re - g_re * z_im), 0)
+    radial = lag * (g_re * z_re + g_im * z_im)
+    angular = lag * (g_im * z_re - g_re * z_im)
 
-    lag = C - 1 - lag
-    z_re, z_im = _power(log_radius[None, :], turns[None, :], lag)
-    radial += tl.sum(lag * (into_re * z_re + into_im * z_im), 0)
-    angular += tl.sum(lag * (into_im * z_re - into_re * z_im), 0)
+    radial += lag * (into_re * z_re + into_im * z_im)
+    angular += lag * (into_im * z_re - into_re * z_im)
 
-    lag = r[:, None] + 1
-    z_re, z_im = _power(log_radius[None, :], turns[None, :], lag)
-    dc_re += tl.sum(out_re * z_re + out_im * z_im, 0)
-    dc_im += tl.sum(out_im * z_re - out_re * z_im, 0)
+    lag += 1
+    p_re, p_im = _power(log_radius, turns, tl.full((H,), 1, tl.int32))
+    z_re, z_im = z_re * p_re[None, :] - z_im * p_im[None, :], z_re * p_im[None, :] + z_im * p_re[None, :]
+    dc_re += out_re * z_re + out_im * z_im
+    dc_im += out_im * z_re - out_re * z_im
     g_re, g_im = out_re * c_re + out_im * c_im, out_im * c_re - out_re * c_im
-    radial += tl.sum(lag * (g_re * z_re + g_im * z_im), 0)
-    angular += tl.sum(lag * (g_im * z_re - g_re * z_im), 0)
+    radial += lag * (g_re * z_re + g_im * z_im)
+    angular += lag * (g_im * z_re - g_re * z_im)
 
+    dc_re, dc_im, radial, angular = tl.sum(dc_re, 0), tl.sum(dc_im, 0), tl.sum(radial, 0), tl.sum(angular, 0)
     z_re, z_im = _power(log_radius, turns, tl.full((H,), C, tl.int32))
     radial += C * (turn_re * z_re + turn_im * z_im)
     angular += C * (turn_im * z_re - turn_re * z_im)

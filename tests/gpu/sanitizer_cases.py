@@ -102,12 +102,16 @@ def modal_convolutions(dtype: torch.dtype) -> None:
     groups, modes, D = 2, 4, 32
     log_time, frequency = (random(groups, modes, dtype=torch.float32) for _ in range(2))
     residue = random(groups, modes, 2, dtype=torch.float32)
-    for options in ({}, {"silu": True, "bias": random(D, dtype=torch.float32)}):
+    short, scale, bias = (random(*shape, dtype=torch.float32) for shape in ((D, 7), (D,), (D,)))
+    whole = {"silu": True, "short": short, "scale": scale, "bias": bias}
+    for options in ({}, {"silu": True, "bias": bias}, whole):
         both_ways(modal_conv(random(2, 131, D, dtype=dtype), log_time, frequency, residue, **options))
     long = random(1, 4200, D, dtype=dtype)
-    both_ways(modal_conv(long, log_time, frequency, residue))
+    both_ways(modal_conv(long, log_time, frequency, residue), modal_conv(long, log_time, frequency, residue, **whole))
+    aside = random(1, 4200, 2 * D, dtype=dtype)[..., :D]  # a stride of time that is not the width
+    both_ways(modal_conv(aside, log_time, frequency, residue, **whole))
     cuts = torch.tensor([0, 3, 3, 700, 4200], device=DEVICE)
-    both_ways(modal_conv(long, log_time, frequency, residue, cu_seqlens=cuts))
+    both_ways(modal_conv(long, log_time, frequency, residue, cu_seqlens=cuts, **whole))
 
 
 @part(long=("modal", "multiscale", "explicit"), dtype=TWO)

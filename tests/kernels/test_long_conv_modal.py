@@ -179,7 +179,7 @@ def small_segments(monkeypatch):
         from chela_plugin.kernels.long_conv import configs, launch_modal
 
         monkeypatch.setattr(launch_modal, "modal_segment_size", lambda *_: 64)
-        monkeypatch.setattr(launch_modal, "modal_blocks_for", lambda *_: configs.ModalBlocks(64, 16, 4, 1))
+        monkeypatch.setattr(launch_modal, "modal_blocks_for", lambda *_: configs.ModalBlocks(64, 16, 4, 1, True))
 
 
 @interpreted
@@ -283,44 +283,93 @@ def test_branches_fold_inside_with_all_gradients(silu):
         assert error(got, wanted) < TOLERANCE[torch.float32]
 
 
+def shared_offset(register, defined):
+    """Of an address in shared memory or a product's descriptor: what is added to `global_smem`, not counting what each
+    thread adds."""
+    operation, operands = defined.get(register, ("", []))
+    if operands == ["global_smem"]:
+        return 0
+    for operand in operands:
+        found = shared_offset(operand, defined) if operand.startswith("%") else None
+        if found is not None:
+            numbers = [int(x) for x in operands if x.isdigit()] if operation == "add.s32" else []
+            return found + sum(numbers)
+    return None
+
+
 def fenced_too_late(ptx):
-    """How many groups of wgmma read shared memory whose stores no fence, and behind it no barrier, has passed."""
-    found, unfenced, unbarred = 0, False, False
+    """How many products on tensor cores read a buffer whose stores no fence, and behind it no barrier, has passed."""
+    defined = {
+        found.group(2): (found.group(1), found.group(3).split(", "))
+        for found in re.finditer(
+            r"^\s*((?:mov|add|or|xor|mad|bfe|shr|shl|and|cvt)\.[\w.]+)\s+(%\w+), (.*);", ptx, re.MULTILINE
+        )
+    }
+    sizes = {}
+    events = []
     for line in ptx.splitlines():
         word = re.match(r"\s*(?:@%p\d+ )?(fence\.proxy\.async|wgmma\.mma_async|bar\.sync|st\.shared|stmatrix)", line)
         name = word.group(1) if word else ""
-        if name in ("st.shared", "stmatrix"):
-            unfenced = True
+        if name == "wgmma.mma_async":
+            n = int(re.search(r"m64n(\d+)k", line).group(1))
+            operands = re.sub(r"\{[^}]*\}", "{}", line.split(maxsplit=1)[1]).split(", ")
+            read = [
+                (rows, shared_offset(operand, defined)) for rows, operand in zip((64, n), operands[1:], strict=False)
+            ]
+            events.append(("product", [start for _, start in read if start is not None]))
+            for rows, start in read:
+                if start is not None:  # 32 bytes a row and product, of which 4 or more make a tile
+                    sizes[start] = max(sizes.get(start, 0), rows * 32 * 4)
+        elif name in ("st.shared", "stmatrix"):
+            base, more = re.search(r"\[\s*(%?\w+)\s*(?:\+\s*(\d+))?", line).groups()
+            events.append(("store", (0 if base == "global_smem" else shared_offset(base, defined)) + int(more or 0)))
+        elif name:
+            events.append((name, None))
+    found, unfenced, unbarred = 0, set(), set()
+    for name, where in events:
+        if name == "store":
+            unfenced |= {start for start, size in sizes.items() if start <= where < start + size}
         elif name == "fence.proxy.async":
-            unfenced, unbarred = False, unbarred or unfenced
+            unfenced, unbarred = set(), unbarred | unfenced
         elif name == "bar.sync":
-            unbarred = False
-        elif name == "wgmma.mma_async":
-            found += unfenced or unbarred
-            unfenced = unbarred = False
+            unbarred = set()
+        elif set(where) & (unfenced | unbarred):
+            found += 1
+            unfenced, unbarred = unfenced - set(where), unbarred - set(where)
     return found
 
 
+FORMS = [
+    ("modal_scan", {"K": K, "SILU": SILU, "SAVE": SAVE, "REVERSE": REVERSE})
+    for K in (0, 7)
+    for SILU, SAVE, REVERSE in ((K > 0, False, False), (K > 0, True, False), (False, True, True))
+] + [("modal_sums", {"SCALE": SCALE}) for SCALE in (False, True)]
+
+
 @by_definition
-@pytest.mark.parametrize("name", ["modal_scan", "modal_sums"])
-def test_tensor_cores_read_what_is_there(name, tmp_path):
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_tensor_cores_read_what_is_there(name, form, tmp_path):
     """Compiled for an H100: with its products in another order Triton 3.6 fenced one of `modal_sums` too late; in
     another form ptxas 12.8 took an operand's address from a register that nothing had written."""
     pytest.importorskip("triton")
     from chela_plugin.kernels.long_conv import configs, triton_modal
 
     kernel = getattr(triton_modal, name)
-    blocks = configs.modal_blocks_for(torch.bfloat16, "scan" if name == "modal_scan" else "sums")
-    constants = {"C": blocks.chunk, "SP": 16, "CB": 16, "N": blocks.columns, "K": 0, "AHEAD": 0, "ADD": False}
-    constants |= {"SCALE": True, "BIAS": True, "SILU": False, "SAVE": True, "CARRY": True, "REVERSE": False}
-    constants |= {"PACKED": False, "PRECISION": "tf32", "STAGES": blocks.stages, "x_d": 1, "y_d": 1, "g_d": 1}
+    part = "scan" if name == "modal_scan" else "sums"
+    blocks = configs.modal_blocks_for(torch.bfloat16, part, form.get("K", 0) > 0)
+    constants = {"C": blocks.chunk, "SP": 16, "CB": 16, "N": blocks.columns, "AHEAD": 0, "ADD": False}
+    constants |= {"SCALE": True, "BIAS": True, "CARRY": True, "PACKED": False, "PRECISION": "tf32", "x_d": 1, "y_d": 1}
+    constants |= {"g_d": 1, "X_T": 1024, "Y_T": 1024, "G_T": 1024, "STAGES": blocks.stages, "FETCH": blocks.fetch}
     halves = ("x", "y", "u", "add", "states", "into", "out", "du", "adjoints")
     sums = ("starts", "taps", "turn", "short", "scale", "bias", "dnear", "dinto", "dout", "dturn", "dscale")
     types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(sums, "*fp32") | {"places": "*i64"}
     aligned = ("D", "R", "Q", "size", "x_b", "x_t", "y_b", "y_t", "g_b", "g_t")
-    compiled = compiled_for_hopper(kernel, constants | {"blocks": 1}, types, aligned=aligned, warps=blocks.warps)
-    assert "wgmma" in compiled.asm["ptx"]
-    assert fenced_too_late(compiled.asm["ptx"]) == 0
+    compiled = compiled_for_hopper(
+        kernel, constants | form | {"blocks": 1}, types, aligned=aligned, warps=blocks.warps, registers=blocks.registers
+    )
+    ptx = compiled.asm["ptx"]
+    assert "wgmma" in ptx
+    assert fenced_too_late(ptx) == 0 < fenced_too_late(ptx.replace("fence.proxy.async", "// none"))
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     sass = sass_of(cubin)
