@@ -260,8 +260,8 @@ def _walk(a, b, c, e, out, dot, stride_a, stride_b, stride_c, stride_e, stride_o
             e_t = e_tiles.load([t0, x0]).to(tl.float32)
             product = tl.sum(result * e_t, 1)
             shares += (place * sign).to(tl.float32) * product
-            if not COUNT and fast:
-                within = tl.sum(tl.dot(P, c_t, input_precision=PRECISION) * e_t, 1)
+            if not COUNT and fast:  # Triton puts this behind the loads of the next chunks, which overwrite c_t
+                within = tl.sum(tl.dot(P, c_tiles.load([t0, x0]), input_precision=PRECISION) * e_t, 1)
                 shares += (tl.minimum(n - t0, BT) - 1).to(tl.float32) * (product - within)
         result *= scale
         if DOT and not SUM:
