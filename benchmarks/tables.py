@@ -49,16 +49,14 @@ def linear_attention() -> str:
 
 
 def long_conv() -> str:
-    """Forward / forward + backward ms, D = 1,024, 32,768 tokens, a filter as long as the sequence.
-
-    Modal filters from a record of their own, which is later than the other.
-    """
-    named = {
-        name: [row for row in load(name)["results"] if row["D"] == 1024 and row["B"] * row["T"] == 32768]
+    """Forward / forward + backward ms, D = 1,024, 32,768 tokens, a filter as long as the sequence: two records of one
+    revision and device, what makes its taps itself and what is given them."""
+    rows = [
+        row
         for name in ("long_conv_modal_h100", "long_conv_h100")
-    }
-    rows = [row for row in named["long_conv_modal_h100"] if row["name"].startswith("modal_conv")]
-    rows += [row for row in named["long_conv_h100"] if not row["name"].startswith("modal_conv")]
+        for row in load(name)["results"]
+        if row["D"] == 1024 and row["B"] * row["T"] == 32768
+    ]
     times = sorted({row["T"] for row in rows})
     found = {(row["name"], row["T"]): row for row in rows}
 
@@ -127,11 +125,23 @@ def decoding() -> str:
 
 
 def vision() -> str:
-    """Images a second, inference and training."""
-    return "\n\n".join(
-        lengths("vision_h100", "pixels", what, lambda row: f"{row['images_per_second']:,.0f}")
-        for what in ("inference", "training")
-    )
+    """Images a second, launched one by one / as a CUDA graph; for training the first's peak GiB, too."""
+    rows = load("vision_h100")["results"]
+    found = {(row["name"], row["pixels"], row["what"]): row for row in rows}
+    columns = sorted({row["pixels"] for row in rows})
+
+    def cell(name: str, pixels: int, what: str) -> str:
+        both = [found.get((name, pixels, kind)) for kind in (what, f"{what}_graph")]
+        speeds = " / ".join(f"{row['images_per_second']:,.0f}" if row else "-" for row in both)
+        return speeds + (f", {both[0]['peak_mib'] / 1024:.1f}" if both[0] and what == "training" else "")
+
+    tables = []
+    for what, header in (("inference", "inference, eager / graph"), ("training", "training, eager / graph, peak")):
+        table = [
+            [name, *(cell(name, at, what) for at in columns)] for name in dict.fromkeys(row["name"] for row in rows)
+        ]
+        tables.append(markdown([header, *(f"{at:,} px" for at in columns)], table))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":
