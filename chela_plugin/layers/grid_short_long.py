@@ -31,11 +31,12 @@ def convolved(conv: ShortLongConv, x: Tensor, mask: Tensor | None, grid: tuple[i
         branches = [branch(conv, i, x, grid) for i in range(len(norms))]
         y = torch.stack([norm(y, mask) for norm, y in zip(norms, branches, strict=True)]).sum(0)
         return F.silu(y) if silu else y
-    running = []
+    running, batches = [], []
     for norm in norms:
         assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
         running.append((norm.running_mean, norm.running_var))
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)  # one launch for all
+        batches.append(norm.num_batches_tracked)
+    torch._foreach_add_(batches, 1)  # one launch for all
     y = grid_conv_norm(
         image,
         shorts,
