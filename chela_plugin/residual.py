@@ -1,4 +1,4 @@
-"""What a host does between two branches of a block where the mixer offers no `sum_and_norm` of its own."""
+"""What a host does around a block's branches where the mixer offers no `sum_and_norm` or `mlp_of` of its own."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ def in_turn(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, 
     """`(s, norm(s))` with s = x + branch."""
     x = x if branch is None else x + branch
     return x, norm(x)
+
+
+def called(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`."""
+    return module(x)

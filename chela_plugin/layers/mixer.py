@@ -12,6 +12,7 @@ A mixer maps `x: [B, T, C]` to `[B, T, C]`. Any `nn.Module` with this `forward` 
     uses_grid: bool                                                                      (if True, hosts pass `grid`)
     plain() -> nn.Module                        (optional: the same weights in a form that TorchScript and ONNX know)
     sum_and_norm(x, branch, norm) -> (s, norm(s))     (optional: s = x + branch, in fewer passes than a host would take)
+    mlp_of(mlp, x) -> mlp(x)                                                           (optional: likewise, for an MLP)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from chela_plugin.kernels.packing import check_cu_seqlens
 
+from .gelu_mlp import mlp_of
 from .residual import sum_and_norm
 
 Cache = dict[str, Tensor]
@@ -43,7 +45,8 @@ class Mixer(nn.Module):
     """
 
     uses_grid = False  # no annotation: TorchScript can't read one here
-    sum_and_norm = staticmethod(sum_and_norm)  # of the host's residual stream: no business of the mixer's own weights
+    # Of the host's residual stream: no business of the mixer's own weights.
+    sum_and_norm, mlp_of = staticmethod(sum_and_norm), staticmethod(mlp_of)
 
     def __init__(self, dim: int, *, causal: bool):
         super().__init__()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from chela_plugin.registry import MixerSpec, parse_pattern
 from chela_plugin.registry.spec import NATIVE
-from chela_plugin.residual import in_turn
+from chela_plugin.residual import called, in_turn
 from chela_plugin.unordered import create_unordered_mixer
-from chela_plugin.vision.fused_mlp import mlp_of
 
 __all__ = ["MixerBlock"]
 
@@ -74,13 +73,14 @@ class MixerBlock(nn.Module):
     def branches(self, x: Tensor, branch: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The block on the sum of `x` and `branch`, with the MLP's output returned beside `x` and not yet added.
 
-        So the next block can add it and take its norm in one pass (`sum_and_norm` of mixers that offer it).
+        So the next block can add it and take its norm in one pass (`sum_and_norm` of mixers that offer it). The MLP,
+        too, is run by what the mixer offers for it (`mlp_of`).
         """
         sum_and_norm = getattr(self.mixer, "sum_and_norm", in_turn)
         x, y = sum_and_norm(x, branch, self.norm1)
         mixed = self.mixer(y, grid=grid) if self.uses_grid else self.mixer(y)
         x, y = sum_and_norm(x, self.drop_path1(self.ls1(mixed)), self.norm2)
-        return x, self.drop_path2(self.ls2(mlp_of(self.mlp, y)))
+        return x, self.drop_path2(self.ls2(getattr(self.mixer, "mlp_of", called)(self.mlp, y)))
 
     @torch.jit.ignore
     def hooked(self) -> bool:

@@ -161,7 +161,7 @@ def vision_mlp(dtype: torch.dtype) -> None:
     """Rows and hidden channels that fill no block."""
     from timm.layers import Mlp
 
-    from chela_plugin.vision.fused_mlp import mlp_of, stands_for
+    from chela_plugin.layers.gelu_mlp import mlp_of, stands_for
 
     mlp = Mlp(24, 270, device=DEVICE)
     x = random(2, 37, 24, dtype=dtype)

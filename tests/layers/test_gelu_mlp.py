@@ -12,7 +12,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from chela_plugin.kernels.gelu import reference
-from chela_plugin.vision.fused_mlp import mlp_of, stands_for
+from chela_plugin.layers.gelu_mlp import mlp_of, stands_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = torch.cuda.is_available() or INTERPRETED
