@@ -6,6 +6,8 @@ D each; here its output is made again, and is gone before its gradient comes, wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def mlp_of(mlp: nn.Module, x: Tensor) -> Tensor:
     return FusedMlp.apply(x, first.weight, first.bias, second.weight, second.bias)
 
 
-def stands_for(mlp: nn.Module, x: Tensor) -> bool:
+def stands_for(mlp: Any, x: Tensor) -> bool:
     """Whether calling the module would be two plain linear layers with biases and GELU, in x's dtype, unobserved."""
     if (type(mlp).__name__, type(mlp).__module__) != ("Mlp", "timm.layers.mlp"):
         return False
