@@ -56,14 +56,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	rm -rf build/installed
+	rm -rf build/installed build/lib
 	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 	cd build/installed && $(abspath $(BIN))/lint-imports --config ../../pyproject.toml --no-cache
 
 # The documentation's site, in site/.
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	rm -rf build/installed
+	rm -rf build/installed build/lib
 	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 	$(BIN)/python -m mkdocs build --strict
 
