@@ -88,22 +88,27 @@ def layers() -> str:
     return lengths("layers_h100", "T", "forward_backward", lambda row: f"{row['ms'][0]:.2f}")
 
 
+def eager_and_graph(found: dict, name: str, at: int, what: str, unit: str) -> str:
+    """Units a second of `what`, launched one by one / as a CUDA graph; '-' where there is none."""
+    both = [found.get((name, at, kind)) for kind in (what, f"{what}_graph")]
+    return " / ".join(f"{row[f'{unit}_per_second']:,.0f}" if row else "-" for row in both)
+
+
 def language_models() -> str:
-    """Training tokens a second, launched step by step / as a CUDA graph of a step, and peak GiB of the first, weights
-    and optimizer included. Lengths beyond the first from an earlier record."""
+    """Training tokens a second and peak GiB of the eager step, weights and optimizer included. Lengths beyond the first
+    from an earlier record."""
     rows = [row for row in load("lm_h100")["results"] if row["what"].startswith("train_step")]
     rows += [row for row in load("lm_long_h100")["results"] if row["T"] not in {row["T"] for row in rows}]
     found = {(row["name"], row["T"], row["what"]): row for row in rows}
     columns = sorted({row["T"] for row in rows})
-    table = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        cells = []
-        for T in columns:
-            both = [found.get((name, T, what)) for what in ("train_step", "train_step_graph")]
-            speeds = " / ".join(f"{row['tokens_per_second']:,.0f}" if row else "-" for row in both)
-            peak = f", {(both[0]['peak_mib'] + both[0]['resident_mib']) / 1024:.1f}" if both[0] else ""
-            cells.append(speeds + peak if any(both) else "-")
-        table.append([name, *cells])
+
+    def cell(name: str, T: int) -> str:
+        speeds = eager_and_graph(found, name, T, "train_step", "tokens")
+        row = found.get((name, T, "train_step"))
+        peak = f", {(row['peak_mib'] + row['resident_mib']) / 1024:.1f}" if row else ""
+        return "-" if speeds == "- / -" else speeds + peak
+
+    table = [[name, *(cell(name, T) for T in columns)] for name in dict.fromkeys(row["name"] for row in rows)]
     return markdown(["eager / graph, peak", *(f"T = {T:,}" for T in columns)], table)
 
 
@@ -131,9 +136,8 @@ def vision() -> str:
     columns = sorted({row["pixels"] for row in rows})
 
     def cell(name: str, pixels: int, what: str) -> str:
-        both = [found.get((name, pixels, kind)) for kind in (what, f"{what}_graph")]
-        speeds = " / ".join(f"{row['images_per_second']:,.0f}" if row else "-" for row in both)
-        return speeds + (f", {both[0]['peak_mib'] / 1024:.1f}" if both[0] and what == "training" else "")
+        speeds, row = eager_and_graph(found, name, pixels, what, "images"), found.get((name, pixels, what))
+        return speeds + (f", {row['peak_mib'] / 1024:.1f}" if row and what == "training" else "")
 
     tables = []
     for what, header in (("inference", "inference, eager / graph"), ("training", "training, eager / graph, peak")):

@@ -77,7 +77,7 @@ def run_case(
     device: torch.device,
     rounds: int,
     budget_s: float,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of what was timed, of what was skipped (with the reason), and of the kernels of what is profiled.
 

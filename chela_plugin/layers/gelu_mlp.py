@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela_plugin.kernels.precision import as_type
+
 from .fused import exactly, fusible, product
 
 
@@ -71,4 +73,4 @@ class FusedMlp(torch.autograd.Function):
             dhidden, dfirst_bias = gelu.gradient(hidden, dout @ second)
             gradients = (product(dhidden.T, rows, ctx.dtypes[0]), dfirst_bias, dsecond, dsecond_bias)
             dx = (dhidden @ first).view(x.shape)
-        return dx, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return dx, *(as_type(gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))

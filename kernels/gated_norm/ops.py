@@ -7,6 +7,7 @@ from torch import Tensor
 
 from chela_plugin.kernels.backend import multiplied_as, ready_for
 from chela_plugin.kernels.launching import Launcher
+from chela_plugin.kernels.precision import as_type
 
 from . import triton as kernels
 
@@ -54,7 +55,7 @@ def forward(
             (rows, stride_o, stride_v, stride_g, eps),
             V=width, H=heads, SKIP=skip is not None, GATE=gate is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
-    return _as(y, o.dtype)
+    return as_type(y, o.dtype)
 
 
 def backward(
@@ -101,18 +102,13 @@ def backward(
             V=width, H=heads, SKIP=skip is not None, DV=with_dv,
             GATE=gate is not None, Y=y is not None, SILU=activated is not None, BR=block, BV=columns, num_warps=8,
         )  # fmt: skip
-    dskip = o.new_empty(0) if skip is None else _as(dskip.sum(0), skip.dtype)
-    dweight = _as(dweight.sum(0), weight.dtype)
-    return _as(do, o.dtype), _as(dv, o.dtype), dskip, dweight, _as(dgate, o.dtype)
+    dskip = o.new_empty(0) if skip is None else as_type(dskip.sum(0), skip.dtype)
+    dweight = as_type(dweight.sum(0), weight.dtype)
+    return as_type(do, o.dtype), as_type(dv, o.dtype), dskip, dweight, as_type(dgate, o.dtype)
 
 
 def _computed(x: Tensor) -> Tensor:
-    return _as(x, multiplied_as(x))
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which costs the host half a microsecond where it does nothing."""
-    return x if x.dtype == dtype else x.to(dtype)
+    return as_type(x, multiplied_as(x))
 
 
 forward_op = torch.library.custom_op(
